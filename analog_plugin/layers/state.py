@@ -1,0 +1,76 @@
+"""What the layers of one model share during a forward pass: noise key and padding mask."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ForwardState:
+    """Shared by all analog layers of a model.
+
+    Args:
+        seed: Seed of the training noise; None: noise comes from torch's global generator.
+
+    Attributes:
+        step: Optimizer step, set by :class:`~analog_plugin.training.AnalogCallback`.
+        micro_batch: Index of the micro-batch within the step, over all processes. Noise is a
+            function of (seed, layer, step, micro-batch) alone, so that the same seed gives the same
+            draws on any number of processes and in the recomputation of gradient checkpointing.
+        attention_mask: [B, S] mask of the running forward, or None.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self.step = 0
+        self.micro_batch = 0
+        self.attention_mask: Tensor | None = None
+
+    def generator(self, layer_name: str, device: torch.device) -> torch.Generator | None:
+        """Generator of this layer's noise now; None where noise is not keyed."""
+        if self.seed is None:
+            return None
+        key = f"{self.seed}/{layer_name}/{self.step}/{self.micro_batch}"
+        return keyed_generator(key, device)
+
+    def row_mask(self, x: Tensor) -> Tensor | None:
+        """[T] bool mask of the tokens of ``x`` [B, S, in] that are not padding."""
+        mask = self.attention_mask
+        if mask is None or mask.dim() != 2 or x.dim() != 3 or mask.shape[0] != x.shape[0]:
+            return None
+        if mask.shape[1] < x.shape[1]:
+            return None
+        return mask[:, -x.shape[1] :].reshape(-1).bool()
+
+    def watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: note the attention mask for the layers below."""
+        mask = kwargs.get("attention_mask")
+        if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
+            mask = args[1]
+        self.attention_mask = mask if isinstance(mask, Tensor) else None
+
+
+def keyed_generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream is a function of ``key`` alone."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator(device)
+    generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    return generator
+
+
+def forward_state(model: nn.Module) -> ForwardState:
+    """Return the state that the analog layers of ``model`` share.
+
+    Raises:
+        AnalogError: The model has no analog layer.
+    """
+    from analog_plugin.errors import AnalogError
+    from analog_plugin.layers.base import AnalogLayer
+
+    for module in model.modules():
+        if isinstance(module, AnalogLayer) and module.state is not None:
+            return module.state
+    raise AnalogError("The model has no analog layer; call convert_to_analog(model, scheme) first.")

@@ -1,0 +1,42 @@
+"""Gaussian programming noise, the generic model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from analog_plugin.errors import AnalogError
+
+
+class GaussianNoise:
+    """``W + σ · max|W| · ε`` with ε ~ N(0, 1), independent for each device.
+
+    Args:
+        sigma: σ, standard deviation relative to the maximum, no unit; 0.02 to 0.03 is what analog
+            foundation models are trained with (arXiv 2505.09663).
+        per: Over what the maximum is taken: ``"column"`` (one output channel of one tile) or
+            ``"tile"``.
+
+    Not modelled: dependence on the conductance, drift, read noise.
+    """
+
+    def __init__(self, sigma: float = 0.03, per: Literal["column", "tile"] = "column") -> None:
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 <= sigma < 10:
+            raise AnalogError(
+                f"gaussian: sigma is {sigma!r}, but must be a number from 0 to below 10; write "
+                "gaussian:0.03."
+            )
+        if per not in ("column", "tile"):
+            raise AnalogError(
+                f"gaussian: per is {per!r}, but must be column or tile; write per: column."
+            )
+        self.sigma, self.per = float(sigma), per
+
+    def program(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Noisy copy of one tile's weights [columns, rows], in fp32."""
+        exact = weight.float()
+        peak = exact.abs().amax(1, keepdim=True) if self.per == "column" else exact.abs().max()
+        error = torch.empty_like(exact, memory_format=torch.contiguous_format)
+        return exact + error.normal_(generator=generator).mul_(self.sigma * peak)

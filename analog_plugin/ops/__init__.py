@@ -1,0 +1,1 @@
+"""Pure tensor functions of the analog layer: converters, weight noise, product, clipping."""

@@ -1,0 +1,90 @@
+"""Streaming histograms of magnitudes, and the input range that each criterion picks from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Bins are logarithmic: 32 an octave (2.2 % wide), from 2**-30 to 2**20.
+_PER_OCTAVE, _LOWEST, _HIGHEST = 32, -30, 20
+BINS = _PER_OCTAVE * (_HIGHEST - _LOWEST)
+
+
+class MagnitudeHistogram:
+    """Counts, maximum and moments of the inputs of each tile of a layer; one pass, mergeable.
+
+    Args:
+        tiles: Rows of each tile.
+        device: Where the statistics are kept.
+    """
+
+    def __init__(self, tiles: list[int], device: torch.device | str = "cpu") -> None:
+        self.tiles = tiles
+        self.counts = torch.zeros(len(tiles), BINS, dtype=torch.float64, device=device)
+        self.maximum = torch.zeros(len(tiles), dtype=torch.float32, device=device)
+        self.moments = torch.zeros(len(tiles), 3, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, row_mask: Tensor | None = None) -> None:
+        """Add inputs [..., in]; rows that ``row_mask`` [T] marks False (padding) do not count."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if row_mask is not None:
+            rows = rows[row_mask]
+        if rows.numel() == 0:
+            return
+        for k, block in enumerate(rows.split(self.tiles, dim=1)):
+            magnitude = block.abs()
+            self.maximum[k] = torch.maximum(self.maximum[k], magnitude.max())
+            # 2**-31 and below, zero included, share the lowest bin: no criterion tells them apart.
+            index = (magnitude.clamp_min(2.0 ** (_LOWEST - 1)).log2() - _LOWEST) * _PER_OCTAVE
+            index = index.floor().clamp_(0, BINS - 1).long().view(-1)
+            self.counts[k] += torch.bincount(index, minlength=BINS)
+            self.moments[k, 0] += block.numel()
+            self.moments[k, 1] += block.sum(dtype=torch.float64)
+            self.moments[k, 2] += block.double().square().sum()
+
+    def merge_processes(self) -> None:
+        """Pool the statistics of all processes, so that all find the same ranges."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        torch.distributed.all_reduce(self.counts)
+        torch.distributed.all_reduce(self.moments)
+        torch.distributed.all_reduce(self.maximum, op=torch.distributed.ReduceOp.MAX)
+
+    def range_std(self, kappa: float) -> Tensor:
+        """``kappa`` standard deviations [K]."""
+        count, total, squares = self.moments.unbind(1)
+        variance = (squares - total * total / count.clamp_min(1)) / (count - 1).clamp_min(1)
+        return (kappa * variance.clamp_min(0).sqrt()).float()
+
+    def range_max(self) -> Tensor:
+        """The largest magnitude [K]."""
+        return self.maximum.clone()
+
+    def range_percentile(self, percent: float) -> Tensor:
+        """The smallest bin edge that ``percent`` percent of magnitudes do not exceed [K]."""
+        share = self.counts.cumsum(1) / self.counts.sum(1, keepdim=True).clamp_min(1)
+        index = (share < percent / 100.0 - 1e-12).sum(1).clamp_max(BINS - 1)
+        edges = 2.0 ** (_LOWEST + (index + 1).double() / _PER_OCTAVE)
+        return torch.minimum(edges.float(), self.maximum)
+
+    def range_mse(self, levels: int) -> Tensor:
+        """The range with the least squared error of quantization to ``±levels`` codes [K].
+
+        Squared error of a candidate λ with step s = λ/levels: (c - λ)² beyond λ, s²/12 inside, and
+        c² for magnitudes below s/2, which round to zero. Candidates are the bins' upper edges.
+        """
+        bins = torch.arange(BINS, dtype=torch.float64, device=self.counts.device)
+        centre = 2.0 ** (_LOWEST + (bins + 0.5) / _PER_OCTAVE)
+        candidate = 2.0 ** (_LOWEST + (bins + 1) / _PER_OCTAVE)
+        n = self.counts
+        below = torch.stack([n, n * centre, n * centre**2]).cumsum(2)  # [3, K, BINS]
+        over = below[:, :, -1:] - below
+        clipped = over[2] - 2 * candidate * over[1] + candidate**2 * over[0]
+        step = candidate / levels
+        half = torch.searchsorted(centre, step / 2) - 1  # last bin that rounds to zero
+        zero = torch.where(half >= 0, below[2][:, half.clamp_min(0)], 0.0)
+        zero_count = torch.where(half >= 0, below[0][:, half.clamp_min(0)], 0.0)
+        error = clipped + zero + (below[0] - zero_count) * step**2 / 12
+        best = candidate[error.argmin(1)].float()
+        return torch.minimum(best, self.maximum)

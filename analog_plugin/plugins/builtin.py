@@ -1,0 +1,56 @@
+"""The records that this project offers through its own hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from analog_plugin.plugins.hookspecs import hookimpl
+from analog_plugin.plugins.types import Evaluator, Exporter, LayerType, NoiseModel, Preset
+
+
+@hookimpl
+def analog_noise_models() -> Iterable[NoiseModel]:
+    """Gaussian noise and the paper's phase-change memory."""
+    from analog_plugin.noise.gaussian import GaussianNoise
+    from analog_plugin.noise.pcm import PCMNoise
+
+    yield NoiseModel("gaussian", GaussianNoise, "Gaussian, relative to the column's maximum")
+    yield NoiseModel("pcm", PCMNoise, "phase-change memory, as in 'Analog Foundation Models'")
+
+
+@hookimpl
+def analog_presets() -> Iterable[Preset]:
+    """The paper's recipe and the digital baseline."""
+    from analog_plugin.presets import AFM, DIGITAL_SI8_W4
+
+    yield Preset("AFM", lambda: AFM, "the recipe of 'Analog Foundation Models'")
+    yield Preset("DIGITAL_SI8_W4", lambda: DIGITAL_SI8_W4, "LLM-QAT-style 4-bit weights")
+
+
+@hookimpl
+def analog_layers() -> Iterable[LayerType]:
+    """nn.Linear and transformers' Conv1D."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from analog_plugin.layers import AnalogConv1D, AnalogLinear
+
+    yield LayerType(nn.Linear, AnalogLinear.from_linear, "linear layer")
+    yield LayerType(Conv1D, AnalogConv1D.from_conv1d, "GPT-2's transposed linear layer")
+
+
+@hookimpl
+def analog_exporters() -> Iterable[Exporter]:
+    """The deploy profiles."""
+    from analog_plugin.checkpoint.profiles import write_analog_fp, write_w8a8
+
+    yield Exporter("analog-fp", write_analog_fp, "full-precision weights and the analog state")
+    yield Exporter("w8a8", write_w8a8, "int8 weights and static 8-bit inputs, purely digital")
+
+
+@hookimpl
+def analog_evaluators() -> Iterable[Evaluator]:
+    """Perplexity, KL divergence and agreement with the reference model."""
+    from analog_plugin.evaluation.fidelity import METRICS, fidelity
+
+    yield Evaluator("fidelity", fidelity, "perplexity, KL to the original, top-1", METRICS)

@@ -1,0 +1,101 @@
+"""Records that hooks yield."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """A model of what programming does to weights.
+
+    Args:
+        name: Name in recipes and commands.
+        factory: Called with the recipe's arguments; returns an object with
+            ``program(weight, generator) -> Tensor`` for one tile's weights [columns, rows].
+        summary: One line for help texts.
+    """
+
+    name: str
+    factory: Callable[..., Any]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named scheme.
+
+    Args:
+        name: Name in recipes.
+        scheme: Called without arguments; returns an :class:`~analog_plugin.AnalogScheme`.
+        summary: One line for help texts.
+    """
+
+    name: str
+    scheme: Callable[[], Any]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """How modules of one class become analog.
+
+    Args:
+        digital: The module class; its subclasses are not meant.
+        convert: From (module, scheme) to the analog module.
+        summary: One line for help texts.
+    """
+
+    digital: type
+    convert: Callable[[Any, Any], Any]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A writer of one deploy profile.
+
+    Args:
+        name: The profile's name in recipes and commands.
+        write: Called as ``write(model, directory)`` with an analog model and an existing empty
+            directory; writes ``config.json`` and the weights, and returns the metadata that belongs
+            into ``analog_config`` (None: the profile is purely digital).
+        summary: One line for help texts.
+    """
+
+    name: str
+    write: Callable[..., Mapping[str, Any] | None]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class ModifierType:
+    """A modifier class that a host's recipes may name.
+
+    Args:
+        name: The name in recipes.
+        path: ``"package.module:Class"``, imported only when a recipe is read.
+    """
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A group of metrics of a model on tokens.
+
+    Args:
+        name: Name in recipes and commands.
+        evaluate: Called as ``evaluate(model, tokens, reference, batch_size)`` with tokens [N, S]
+            and a :class:`~analog_plugin.evaluation.Reference` or None; returns metrics by name.
+        summary: One line for help texts.
+        metrics: The names of the metrics that it returns.
+    """
+
+    name: str
+    evaluate: Callable[..., Mapping[str, float]]
+    summary: str = ""
+    metrics: tuple[str, ...] = ()

@@ -1,0 +1,184 @@
+"""The settings of one run, as a recipe holds them: frozen, and validated once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from analog_plugin.errors import AnalogError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @classmethod
+    def read(cls, values: Any, where: str) -> Any:
+        """Build from a mapping; a fault becomes one sentence.
+
+        Raises:
+            AnalogError: A field is unknown or out of range.
+        """
+        if isinstance(values, cls):
+            return values
+        if values is not None and not isinstance(values, Mapping):
+            raise AnalogError(f"{where} is {values!r}, but must be a mapping of fields to values.")
+        try:
+            return cls(**(values or {}))
+        except ValidationError as error:
+            raise AnalogError(_sentence(cls, where, error)) from None
+
+
+class DataSettings(_Settings):
+    """Where training tokens come from.
+
+    Args:
+        source: ``"self"``: sampled from the model; otherwise a file, directory or hub id as
+            :func:`~analog_plugin.data.load_tokens` reads.
+        tokens: How many.
+        sequence_length: Tokens of a sequence.
+        bos_token_id, temperature, top_k, ignore_eos, batch_size, seed: Of the sampling, see
+            :func:`~analog_plugin.data.generate_dataset`.
+        text_column: Of a dataset.
+    """
+
+    source: str = "self"
+    tokens: int = Field(41_000, gt=0)
+    sequence_length: int = Field(128, gt=1)
+    bos_token_id: int | None = Field(None, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, gt=0)
+    ignore_eos: bool = True
+    batch_size: int = Field(32, gt=0)
+    seed: int = Field(0, ge=0)
+    text_column: str = "text"
+
+
+class DistillationSettings(_Settings):
+    """The loss; see :func:`~analog_plugin.training.loss.distillation_loss`."""
+
+    temperature: float = Field(1.0, gt=0)
+    cross_entropy: float = Field(0.0, ge=0, le=1)
+    chunk: int = Field(512, gt=0)
+
+
+class EvaluationSettings(_Settings):
+    """What the table of results measures; see :func:`~analog_plugin.evaluation.evaluate_noise`.
+
+    Args:
+        noise: Noise models beside the noise-free measurement.
+        seeds: Noise seeds.
+        blocks, length: Evenly spaced blocks of the corpus, and their tokens.
+        corpus: ``"pydoc_data.topics"`` (in every Python), or what ``load_tokens`` reads.
+        batch_size: Blocks evaluated together.
+    """
+
+    noise: tuple[str | dict[str, Any], ...] = ("pcm",)
+    seeds: int = Field(10, gt=0)
+    blocks: int = Field(16, gt=0)
+    length: int = Field(256, gt=1)
+    corpus: str = "pydoc_data.topics"
+    batch_size: int = Field(4, gt=0)
+
+
+class DeploySettings(_Settings):
+    """The profile of the checkpoint, a name from the hook ``analog_exporters``."""
+
+    profile: str = "analog-fp"
+
+
+class AnalogRecipe(_Settings):
+    """All settings of one run.
+
+    Args:
+        scheme: A preset's name, or a mapping (see :func:`~analog_plugin.presets.resolve_scheme`).
+        targets, ignore: Modules to convert and to leave; see ``convert_to_analog``.
+        data, distillation, evaluation, deploy: See there; ``evaluation: null`` measures nothing.
+        training: Any field of ``transformers.TrainingArguments``, and ``range_learning_rate`` and
+            ``trainable`` (``"all"`` or ``"analog"``: the analog layers' weights and ranges only).
+            ``null``: no training, calibration only.
+        seed: Of sampling order and training noise.
+    """
+
+    scheme: str | dict[str, Any] = "AFM"
+    targets: tuple[str, ...] = ("Linear", "Conv1D")
+    ignore: tuple[str, ...] = ("lm_head",)
+    data: DataSettings = DataSettings()
+    distillation: DistillationSettings = DistillationSettings()
+    training: dict[str, Any] | None = Field(default_factory=dict)
+    evaluation: EvaluationSettings | None = EvaluationSettings()
+    deploy: DeploySettings = DeploySettings()
+    seed: int = Field(0, ge=0)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> AnalogRecipe:
+        """Validate everything that can be known before a model is loaded.
+
+        Raises:
+            AnalogError: One sentence on the first fault.
+        """
+        from analog_plugin.noise import resolve_noise
+        from analog_plugin.plugins import exporters, lookup
+        from analog_plugin.presets import resolve_scheme
+
+        fields = dict(values)
+        parts: dict[str, Any] = {
+            "data": DataSettings,
+            "distillation": DistillationSettings,
+            "evaluation": EvaluationSettings,
+            "deploy": DeploySettings,
+        }
+        for name, part in parts.items():
+            if name in fields and not (name == "evaluation" and fields[name] is None):
+                fields[name] = part.read(fields[name], name)
+        recipe = cls.read(fields, "The recipe")
+        resolve_scheme(recipe.scheme)
+        split_training(recipe.training)
+        lookup(exporters(), recipe.deploy.profile, "deploy profile")
+        for noise in recipe.evaluation.noise if recipe.evaluation else ():
+            resolve_noise(noise)
+        return recipe
+
+
+class OwnTraining(_Settings):
+    """The fields under ``training`` that are ours rather than ``TrainingArguments``'."""
+
+    range_learning_rate: float = Field(3e-3, gt=0, lt=1)
+    trainable: Literal["all", "analog"] = "all"
+
+
+def split_training(training: Mapping[str, Any] | None) -> tuple[OwnTraining, dict[str, Any]]:
+    """Separate our fields from those of ``TrainingArguments``, and check all names.
+
+    Raises:
+        AnalogError: A name is neither's.
+    """
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    fields = dict(training or {})
+    own = {name: fields.pop(name) for name in OwnTraining.model_fields if name in fields}
+    known = {field.name for field in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+    for name in fields:
+        if name not in known:
+            raise AnalogError(_unknown("training", name, [*OwnTraining.model_fields, *known]))
+    return OwnTraining.read(own, "training"), fields
+
+
+def _sentence(cls: type[BaseModel], where: str, error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(where, path, list(cls.model_fields))
+    allowed = first["msg"][0].lower() + first["msg"][1:]
+    allowed = allowed.replace("input should", "it should")
+    return f"{where}: {path} is {first['input']!r}, but {allowed}."
+
+
+def _unknown(where: str, name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}."
+    return f"{where} has no field {name!r}; {hint}"

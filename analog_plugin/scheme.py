@@ -1,0 +1,263 @@
+"""The analog scheme: how a linear layer is mapped onto analog hardware and trained for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from analog_plugin.errors import AnalogError
+
+InputRange = Literal["learned", "static", "dynamic"]
+RangeInit = Literal["std", "max", "percentile", "mse"]
+
+#: Projections that read the same input and that serving engines fuse into one matrix.
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class SchemeError(AnalogError):
+    """A scheme's field is unknown or out of range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalogScheme:
+    """Converters, tiles, weight noise and clipping of an analog model.
+
+    The defaults are the values published with 'Analog Foundation Models' (arXiv 2505.09663)
+    for Llama-3.2-1B. The value is frozen; derive another one with :meth:`replace`.
+
+    Args:
+        input_bits: DAC resolution in bits, 2 to 16; codes are symmetric, ``±(2**(bits-1) - 1)``.
+            None: inputs are not quantized and no ADC is possible.
+        input_range: ``"learned"`` in training, ``"static"`` (calibrated, then fixed) or
+            ``"dynamic"`` (the maximum of each token, for comparison: no static DAC can do it).
+        range_init: How ranges are found from data: ``"std"`` (``range_init_std`` standard
+            deviations), ``"max"``, ``"percentile"`` (``range_percentile``) or ``"mse"`` (least
+            squared quantization error).
+        range_init_std: κ of ``range_init="std"``.
+        range_init_batches: Batches that the initialisation looks at.
+        range_init_in_training: Initialise during the first training steps, as the paper did,
+            instead of in a calibration step of its own.
+        range_percentile: Share of inputs inside the range for ``"percentile"``, in percent.
+        range_decay: Weight of the decay that shrinks a range that hardly clips.
+        range_min_percentage: The decay acts where more than this share of inputs is not clipped.
+        range_gradient: ``"paper"`` (gradient of clipped inputs, scaled by the range) or ``"lsq"``
+            (Esser et al., arXiv 1902.08153, eq. 3).
+        output_bits: ADC resolution in bits, 2 to 16; None: no ADC.
+        out_bound: β, the ADC's full scale in units of input range × column maximum. One constant
+            for the whole model: a globally static ADC.
+        adc_bound: Take the column maximum from the ``"clean"`` weights, or from the ``"noisy"``
+            (programmed) ones as aihwkit-lightning does.
+        weight_noise: γ, standard deviation of the training noise relative to the column maximum.
+        weight_bits: Fake-quantize weights per column in training (LLM-QAT style); None: do not.
+        clip_sigma: α, weights are clipped to ±α standard deviations of their column after every
+            optimizer step; None: no clipping.
+        clip_schedule: ``"constant"``, or ``"anneal"``: from where nothing is clipped to
+            ``clip_sigma``.
+        clip_anneal_share: Share of the training steps over which ``"anneal"`` runs.
+        tile_rows: Most rows (inputs) of one tile; None: one tile a layer. 512 is usual.
+        tile_columns: Most columns (outputs) of one tile. Columns are independent of each other in
+            all modelled effects, so this only counts tiles.
+        tie_ranges: Groups of module names that read the same input and share one range per tile.
+        prefix, rescale, overrides: Reserved; must be left at their defaults.
+
+    Raises:
+        SchemeError: A field is out of range; the message gives the allowed values.
+
+    Example:
+        >>> AnalogScheme(clip_sigma=3.0, tile_rows=512).replace(output_bits=None).output_bits
+    """
+
+    input_bits: int | None = 8
+    input_range: InputRange = "learned"
+    range_init: RangeInit = "std"
+    range_init_std: float = 18.0
+    range_init_batches: int = 500
+    range_init_in_training: bool = False
+    range_percentile: float = 99.99
+    range_decay: float = 0.01
+    range_min_percentage: float = 0.95
+    range_gradient: Literal["paper", "lsq"] = "paper"
+    output_bits: int | None = 8
+    out_bound: float = 14.0
+    adc_bound: Literal["clean", "noisy"] = "clean"
+    weight_noise: float = 0.03
+    weight_bits: int | None = None
+    clip_sigma: float | None = 2.5
+    clip_schedule: Literal["constant", "anneal"] = "constant"
+    clip_anneal_share: float = 0.8
+    tile_rows: int | None = None
+    tile_columns: int | None = None
+    tie_ranges: tuple[tuple[str, ...], ...] = ()
+    prefix: None = None
+    rescale: None = None
+    overrides: tuple[()] = ()
+
+    def __post_init__(self) -> None:
+        groups = self.tie_ranges
+        if isinstance(groups, (list, tuple)) and all(isinstance(g, (list, tuple)) for g in groups):
+            object.__setattr__(self, "tie_ranges", tuple(tuple(g) for g in groups))
+        if isinstance(self.overrides, list):
+            object.__setattr__(self, "overrides", tuple(self.overrides))
+        _validate(self)
+
+    @property
+    def input_levels(self) -> int | None:
+        """L, DAC levels on each side of zero (127 for 8 bits)."""
+        return None if self.input_bits is None else 2 ** (self.input_bits - 1) - 1
+
+    @property
+    def output_levels(self) -> int | None:
+        """M, ADC levels on each side of zero (127 for 8 bits)."""
+        return None if self.output_bits is None else 2 ** (self.output_bits - 1) - 1
+
+    def tiles(self, in_features: int) -> list[int]:
+        """Rows of each tile of a layer with ``in_features`` inputs, balanced.
+
+        Example:
+            >>> AnalogScheme(tile_rows=512).tiles(576)
+            [288, 288]
+        """
+        if self.tile_rows is None:
+            return [in_features]
+        count = math.ceil(in_features / self.tile_rows)
+        base, extra = divmod(in_features, count)
+        return [base + (i < extra) for i in range(count)]
+
+    def replace(self, **changes: Any) -> AnalogScheme:
+        """Return a scheme with ``changes`` applied and validated."""
+        _check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON/YAML values; :meth:`from_dict` reads them back to an equal scheme."""
+        values = dataclasses.asdict(self)
+        values["tie_ranges"] = [list(group) for group in self.tie_ranges]
+        values["overrides"] = []
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AnalogScheme:
+        """Build a scheme from plain values; unknown names are an error."""
+        if not isinstance(values, Mapping):
+            raise SchemeError(
+                f"A scheme is a mapping of fields to values, not {type(values).__name__}; "
+                "write for instance {clip_sigma: 3.0}."
+            )
+        _check_names(values)
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return the scheme as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> AnalogScheme:
+        """Read what :meth:`to_json` wrote."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise SchemeError(f"The scheme is not valid JSON: {error}.") from error
+
+    def to_yaml(self) -> str:
+        """Return the scheme as YAML text."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str | Path) -> AnalogScheme:
+        """Read YAML text, or the YAML file at a ``Path``."""
+        import yaml
+
+        text = text.read_text() if isinstance(text, Path) else text
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise SchemeError(f"The scheme is not valid YAML: {error}.") from error
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(AnalogScheme)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}."
+            raise SchemeError(f"The scheme has no field {name!r}; {hint}")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "input_range": ("learned", "static", "dynamic"),
+    "range_init": ("std", "max", "percentile", "mse"),
+    "range_gradient": ("paper", "lsq"),
+    "adc_bound": ("clean", "noisy"),
+    "clip_schedule": ("constant", "anneal"),
+}
+_BITS = ("input_bits", "output_bits", "weight_bits")
+_COUNTS = ("tile_rows", "tile_columns", "range_init_batches")
+# field: (may be None, allowed interval in words, test)
+_NUMBERS = {
+    "range_init_std": (False, "greater than 0", lambda v: v > 0),
+    "range_percentile": (False, "greater than 0 and at most 100", lambda v: 0 < v <= 100),
+    "range_decay": (False, "0 or greater", lambda v: v >= 0),
+    "range_min_percentage": (False, "between 0 and 1", lambda v: 0 <= v <= 1),
+    "out_bound": (False, "greater than 0", lambda v: v > 0),
+    "weight_noise": (False, "0 or greater and less than 1", lambda v: 0 <= v < 1),
+    "clip_sigma": (True, "greater than 0, or null for no clipping", lambda v: v > 0),
+    "clip_anneal_share": (False, "greater than 0 and at most 1", lambda v: 0 < v <= 1),
+}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _validate(scheme: AnalogScheme) -> None:
+    def fail(name: str, allowed: str, write: str) -> None:
+        given = getattr(scheme, name)
+        raise SchemeError(f"{name} is {given!r}, but must be {allowed}; write {name}: {write}.")
+
+    defaults = {field.name: field.default for field in dataclasses.fields(AnalogScheme)}
+    for name, choices in _CHOICES.items():
+        if getattr(scheme, name) not in choices:
+            fail(name, "one of " + ", ".join(choices), choices[0])
+    for name in _BITS:
+        bits = getattr(scheme, name)
+        if bits is None:
+            continue
+        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
+            fail(name, "a whole number from 2 to 16, or null to switch it off", "8")
+    for name in _COUNTS:
+        count = getattr(scheme, name)
+        if count is None and name != "range_init_batches":
+            continue
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            null = "" if name == "range_init_batches" else ", or null for one tile"
+            fail(name, f"a whole number of at least 1{null}", "512" if null else "16")
+    for name, (optional, allowed, test) in _NUMBERS.items():
+        value = getattr(scheme, name)
+        if value is None and optional:
+            continue
+        if not _is_number(value) or not test(value):
+            fail(name, f"a number {allowed}", str(defaults[name]))
+    if not isinstance(scheme.range_init_in_training, bool):
+        fail("range_init_in_training", "true or false", "false")
+    if scheme.range_init_in_training and scheme.range_init != "std":
+        fail("range_init_in_training", "false unless range_init is std", "false")
+    if not isinstance(scheme.tie_ranges, tuple) or not all(
+        isinstance(group, tuple) and len(group) > 1 and all(isinstance(n, str) for n in group)
+        for group in scheme.tie_ranges
+    ):
+        fail("tie_ranges", "a list of groups of at least two names", "[[q_proj, k_proj, v_proj]]")
+    if scheme.output_bits is not None and scheme.input_bits is None:
+        fail("output_bits", "null where input_bits is null (the ADC is scaled by the DAC)", "null")
+    for name in ("prefix", "rescale", "overrides"):
+        if getattr(scheme, name) not in (None, ()):
+            fail(
+                name, "left out: it is reserved for a later version", str(defaults[name] or "null")
+            )

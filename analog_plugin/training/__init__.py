@@ -1,0 +1,15 @@
+"""Hardware-aware training: distillation, Trainer, callback, range calibration."""
+
+from analog_plugin.training.callback import AnalogCallback, TrainingDiverged
+from analog_plugin.training.loss import distillation_loss, kl_divergence
+from analog_plugin.training.ranges import calibrate_ranges
+from analog_plugin.training.trainer import AnalogTrainer
+
+__all__ = [
+    "AnalogCallback",
+    "AnalogTrainer",
+    "TrainingDiverged",
+    "calibrate_ranges",
+    "distillation_loss",
+    "kl_divergence",
+]

@@ -1,0 +1,141 @@
+"""What hardware-aware training adds to each optimizer step, for any transformers Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from analog_plugin.errors import AnalogError
+from analog_plugin.layers import ForwardState, analog_layers, forward_state
+from analog_plugin.layers.base import RANGE_FLOOR
+from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
+from analog_plugin.ops.ranges import all_reduce_sum
+
+
+class TrainingDiverged(AnalogError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class AnalogCallback(TrainerCallback, ExportableState):
+    """Keys the noise, applies range decay and clipping, and skips steps that are not finite.
+
+    Works with any ``transformers.Trainer`` (TRL's too) over a model from ``convert_to_analog``:
+    ``Trainer(..., callbacks=[AnalogCallback()])``.
+
+    Per optimizer step: the noise is keyed by (seed, layer, step, micro-batch); the ranges' decay
+    is added once, from clip counts over all micro-batches and processes; the optimizer's update of
+    a range is taken relative to the range (Adam cancels the factor λ in its gradient) and kept
+    positive; weights are clipped.
+
+    Args:
+        seed: Seed of the noise; None: the Trainer's ``args.seed``.
+        max_skipped: Consecutive skipped steps that end the run.
+
+    Attributes:
+        skipped_steps: Steps skipped so far because the loss or a gradient was not finite.
+    """
+
+    def __init__(self, seed: int | None = None, max_skipped: int = 10) -> None:
+        self.seed, self.max_skipped = seed, max_skipped
+        self.skipped_steps = 0
+        self.clip_start: dict[str, float] = {}
+        self._consecutive = 0
+        self._skip = False
+        self._ranges: list[tuple[nn.Parameter, Tensor]] = []
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer saves with its checkpoints and restores on resume."""
+        return {
+            "args": {"seed": self.seed, "max_skipped": self.max_skipped},
+            "attributes": {"skipped_steps": self.skipped_steps, "clip_start": self.clip_start},
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seed the noise, and note from where an annealed clip starts."""
+        model = kwargs["model"]
+        forward_state(model).seed = args.seed if self.seed is None else self.seed
+        for name, layer in analog_layers(model):
+            layer.clip_counts.zero_()
+            if layer.scheme.clip_schedule == "anneal" and name not in self.clip_start:
+                self.clip_start[name] = peak_to_sigma(layer.tile_weight)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Key the noise of the step's first micro-batch."""
+        shared: ForwardState = forward_state(kwargs["model"])
+        shared.step, shared.micro_batch = state.global_step, args.process_index
+        self._skip = False
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Key the noise of the next micro-batch: indices run over all processes."""
+        forward_state(kwargs["model"]).micro_batch += args.world_size
+
+    def skip_step(self) -> None:
+        """Let the running optimizer step change nothing (its loss is not finite)."""
+        self._skip = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Skip a step that is not finite; else add the ranges' decay to their gradients."""
+        model = kwargs["model"]
+        self._ranges = []
+        if self._skip or not _finite_gradients(model):
+            self.skipped_steps += 1
+            self._consecutive += 1
+            if self._consecutive >= self.max_skipped:
+                raise TrainingDiverged(
+                    f"Training stopped at step {state.global_step}: the loss or a gradient was "
+                    f"not finite in {self._consecutive} steps in a row; write a smaller "
+                    "learning_rate or weight_noise, or train in bf16 instead of fp16."
+                )
+            self._skip = True
+            if not args.fp16:  # the fp16 gradient scaler skips by itself, and needs the gradients
+                for parameter in model.parameters():
+                    parameter.grad = None
+            for _, layer in analog_layers(model):
+                layer.clip_counts.zero_()
+            return
+        self._consecutive = 0
+        for _, layer in analog_layers(model):
+            if not (layer.input_range.requires_grad and layer.owns_range):
+                layer.clip_counts.zero_()
+                continue
+            all_reduce_sum(layer.clip_counts)
+            decay = layer.range_decay_gradient()
+            layer.clip_counts.zero_()
+            grad = layer.input_range.grad
+            layer.input_range.grad = decay if grad is None else grad.add_(decay)
+            self._ranges.append((layer.input_range, layer.input_range.detach().clone()))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the ranges' update relative to them, and clip the weights."""
+        if self._skip:
+            return
+        with torch.no_grad():
+            for parameter, before in self._ranges:
+                change = (parameter - before).clamp_(-0.5, 0.5)
+                parameter.copy_((before * (1 + change)).clamp_min_(RANGE_FLOOR))
+        done = (state.global_step + 1) / max(state.max_steps, 1)
+        for name, layer in analog_layers(kwargs["model"]):
+            alpha = clip_alpha(layer.scheme, self.clip_start.get(name), done)
+            if alpha is not None:
+                clip_to_sigma(layer.tile_weight, alpha)
+
+
+def clip_alpha(scheme: Any, start: float | None, done: float) -> float | None:
+    """α after a share ``done`` of the training; None: no clipping.
+
+    ``"anneal"`` runs geometrically from ``start``, where nothing is clipped, to ``clip_sigma``.
+    """
+    target = scheme.clip_sigma
+    if target is None or scheme.clip_schedule == "constant" or start is None or start <= target:
+        return target
+    share = min(done / scheme.clip_anneal_share, 1.0)
+    return start ** (1 - share) * target**share
+
+
+def _finite_gradients(model: nn.Module) -> bool:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return not grads or bool(torch.nn.utils.get_total_norm(grads).isfinite())

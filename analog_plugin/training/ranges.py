@@ -1,0 +1,103 @@
+"""Range calibration: one pass over data without gradients finds every layer's input ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analog_plugin.errors import AnalogError
+from analog_plugin.layers import analog_layers, digital_layers
+from analog_plugin.layers.base import RANGE_FLOOR
+from analog_plugin.ops.histogram import MagnitudeHistogram
+from analog_plugin.progress import progress_bar
+from analog_plugin.scheme import AnalogScheme
+
+
+@torch.no_grad()
+def calibrate_ranges(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], total: int | None = None
+) -> dict[str, Tensor]:
+    """Set the input ranges of all analog layers from data.
+
+    The inputs are those of the digital model (converters and noise off): what the ranges must hold
+    when all layers before are good. Padding (``attention_mask`` 0) does not count. The criterion
+    is the scheme's ``range_init``. Ranges tied over a group become equal. A tile that saw only
+    zeros takes the largest range of its layer.
+
+    Args:
+        model: A model with analog layers.
+        batches: Keyword arguments of the model's forward: ``input_ids`` [B, S] and, where there is
+            padding, ``attention_mask`` [B, S].
+        total: Number of batches, for the progress bar.
+
+    Returns:
+        Each layer's ranges [n_tiles], by name.
+
+    Raises:
+        AnalogError: There is no batch, or a layer was not reached by any.
+    """
+    layers = {name: layer for name, layer in analog_layers(model) if layer.input_range is not None}
+    histograms: dict[str, MagnitudeHistogram] = {}
+    for name, layer in layers.items():
+        if layer.scheme.input_bits is None or layer.scheme.input_range == "dynamic":
+            continue
+        histograms[name] = MagnitudeHistogram(layer.tiles, layer.weight.device)
+    if not histograms:
+        return {}
+    count = 0
+    training = model.training
+    model.eval()
+    with digital_layers(model), _observed(layers, histograms):
+        for batch in progress_bar(batches, desc="Calibrating input ranges", total=total):
+            model(**batch, use_cache=False)
+            count += 1
+    model.train(training)
+    if count == 0:
+        raise AnalogError("The calibration data is empty; give at least one batch of tokens.")
+    shared: dict[int, Tensor] = {}
+    for name, histogram in histograms.items():
+        histogram.merge_processes()
+        layer = layers[name]
+        if not bool((histogram.moments[:, 0] > 0).all()):
+            raise AnalogError(
+                f"No calibration input reached {name}; keep it digital with ignore: [{name}]."
+            )
+        found = pick_range(histogram, layer.scheme)
+        known = shared.get(id(layer.input_range))
+        shared[id(layer.input_range)] = found if known is None else torch.maximum(found, known)
+    for name in histograms:
+        layers[name].set_input_range(shared[id(layers[name].input_range)])
+    return {name: layers[name].input_range.detach().clone() for name in histograms}
+
+
+def pick_range(histogram: MagnitudeHistogram, scheme: AnalogScheme) -> Tensor:
+    """Ranges [K] by the scheme's criterion, positive and finite."""
+    if scheme.range_init == "std":
+        found = histogram.range_std(scheme.range_init_std)
+    elif scheme.range_init == "max":
+        found = histogram.range_max()
+    elif scheme.range_init == "percentile":
+        found = histogram.range_percentile(scheme.range_percentile)
+    else:
+        assert scheme.input_levels is not None
+        found = histogram.range_mse(scheme.input_levels)
+    found = torch.where(found > 0, found, found.max())
+    return found.clamp_min(RANGE_FLOOR)
+
+
+class _observed:
+    """Within this context each layer's inputs go to its histogram."""
+
+    def __init__(self, layers: dict[str, Any], histograms: dict[str, MagnitudeHistogram]) -> None:
+        self.layers, self.histograms = layers, histograms
+
+    def __enter__(self) -> None:
+        for name, histogram in self.histograms.items():
+            self.layers[name].observer = histogram.update
+
+    def __exit__(self, *error: object) -> None:
+        for name in self.histograms:
+            self.layers[name].observer = None

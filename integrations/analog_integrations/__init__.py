@@ -1,0 +1,1 @@
+"""Integrations: analog-plugin inside other tools, one folder a host."""

@@ -1,0 +1,109 @@
+"""``optimum-cli export analog``: arguments only; all work is in ``export.py``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+_DESCRIPTION = """\
+Train a causal language model to survive analog in-memory computing hardware, and write a
+checkpoint that loads with from_pretrained.
+
+The model is converted to simulated analog layers, its input ranges are calibrated, it is distilled
+from its own full-precision self, and measured under hardware noise before and after.
+"""
+
+_EPILOG = """\
+examples:
+  optimum-cli export analog --model demo:smollm2-135m-instruct \\
+      --recipe examples/recipes/demo.yaml demo-out
+  optimum-cli export analog --model meta-llama/Llama-3.2-1B-Instruct \\
+      --recipe examples/recipes/afm-llama.yaml --dataset corpus.jsonl llama-analog
+
+recipes:
+  analog_stage:
+    analog_modifiers:
+      AnalogModifier:
+        scheme: {preset: AFM, tile_rows: 512}
+        training: {max_steps: 80, learning_rate: 5.0e-5}
+"""
+
+
+class AnalogExportCommand(BaseOptimumCLICommand):
+    """The main job: from a model to a trained analog checkpoint."""
+
+    COMMAND = CommandInfo(
+        name="analog", help="Train a model for analog hardware and write a checkpoint."
+    )
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments; defaults come from the recipe."""
+        parser.description = _DESCRIPTION
+        parser.epilog = _EPILOG
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("output", type=Path, help="directory of the checkpoint")
+        parser.add_argument(
+            "-m",
+            "--model",
+            required=True,
+            help="hub id, local directory, or demo:smollm2-135m-instruct",
+        )
+        parser.add_argument(
+            "--recipe", type=Path, required=True, help="llm-compressor recipe (YAML)"
+        )
+        parser.add_argument(
+            "--dataset",
+            help="training text instead of self-generated tokens: .txt, .jsonl, .parquet, a "
+            "datasets directory or a hub id",
+        )
+        parser.add_argument("--profile", help="deploy profile: analog-fp (default) or w8a8")
+        parser.add_argument("--seed", type=int, help="seed of training order and noise")
+        parser.add_argument(
+            "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+        )
+        parser.add_argument(
+            "--dtype",
+            default="float32",
+            choices=("float32", "bfloat16", "float16"),
+            help="type of the trained weights (default: float32)",
+        )
+        parser.add_argument(
+            "--no-train", action="store_true", help="convert, calibrate and measure only"
+        )
+        parser.add_argument(
+            "--task", default="text-generation", choices=("text-generation",), help="the only task"
+        )
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace an output directory that is not empty"
+        )
+
+    def run(self) -> None:
+        """Run :func:`main_export`; a user's error is one sentence and exit status 1."""
+        from analog_plugin.errors import AnalogError
+
+        arguments = {k: v for k, v in vars(self.args).items() if k not in ("func", "output")}
+        try:
+            from analog_integrations.optimum.export import main_export
+
+            main_export(output=self.args.output, **{k: arguments[k] for k in _ARGUMENTS})
+        except AnalogError as error:
+            raise SystemExit(f"error: {error}") from None
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted: nothing was written") from None
+
+
+_ARGUMENTS = (
+    "model",
+    "recipe",
+    "dataset",
+    "profile",
+    "seed",
+    "device",
+    "dtype",
+    "no_train",
+    "task",
+    "overwrite",
+)

@@ -1,0 +1,7 @@
+"""Read by ``optimum-cli`` at every start: keep it light, an ImportError breaks all commands."""
+
+from optimum.commands.export.base import ExportCommand
+
+from analog_integrations.optimum.cli import AnalogExportCommand
+
+REGISTER_COMMANDS = [(AnalogExportCommand, ExportCommand)]
