@@ -39,7 +39,7 @@ def plain_input_scales(model: nn.Module) -> dict[str, Tensor]:
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round to nearest: int8 codes and scales [out, 1] of ``weight`` [out, in]; ±(2**(bits-1)-1)."""
+    """Round ``weight`` [out, in] to nearest: int8 codes and fp32 scales [out, 1], symmetric."""
     levels = 2 ** (bits - 1) - 1
     scale = weight.detach().float().abs().amax(1, keepdim=True) / levels
     scale = torch.where(scale > 0, scale, 1.0)

@@ -56,8 +56,8 @@ def _write_integer(model: Any, directory: Path, bits: int) -> None:
     scheme = next(iter(layers.values())).scheme
     if _has_conv1d(model):
         raise AnalogError(
-            f"{type(model).__name__} has Conv1D layers, which compressed-tensors does not quantize; "
-            "write profile: analog-fp."
+            f"{type(model).__name__} has Conv1D layers, which compressed-tensors does not "
+            "quantize; write profile: analog-fp."
         )
     scales = plain_input_scales(model)
     if scheme.input_bits != 8 or not scales:

@@ -68,7 +68,7 @@ class AnalogLayer(nn.Module):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] to [..., out], through DAC, tiles and ADC; the bias is added digitally."""
+        """``x`` [..., in] to [..., out] through DAC, tiles and ADC; the bias is added digitally."""
         row_mask = self.state.row_mask(x) if self.state is not None else None
         if self.observer is not None:
             self.observer(x, row_mask)

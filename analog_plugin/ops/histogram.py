@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Bins are logarithmic: 32 an octave (2.2 % wide), from 2**-30 to 2**20.
-_PER_OCTAVE, _LOWEST, _HIGHEST = 32, -30, 20
-BINS = _PER_OCTAVE * (_HIGHEST - _LOWEST)
+# A bin is what fp32 numbers share in their exponent and the first five bits of their mantissa: 32
+# bins an octave, 1.6 to 3.1 % wide, from 2**-30 to 2**20. Its index is a shift of the number's bits.
+_SHIFT, _LOWEST, _HIGHEST = 18, -30, 20
+_OFFSET = (127 + _LOWEST) << (23 - _SHIFT)
+BINS = (_HIGHEST - _LOWEST) << (23 - _SHIFT)
 
 
 class MagnitudeHistogram:
@@ -35,13 +37,12 @@ class MagnitudeHistogram:
         for k, block in enumerate(rows.split(self.tiles, dim=1)):
             magnitude = block.abs()
             self.maximum[k] = torch.maximum(self.maximum[k], magnitude.max())
-            # 2**-31 and below, zero included, share the lowest bin: no criterion tells them apart.
-            index = (magnitude.clamp_min(2.0 ** (_LOWEST - 1)).log2() - _LOWEST) * _PER_OCTAVE
-            index = index.floor().clamp_(0, BINS - 1).long().view(-1)
-            self.counts[k] += torch.bincount(index, minlength=BINS)
+            # Below 2**-30, zero included, all share the lowest bin: no criterion tells them apart.
+            index = (magnitude.view(torch.int32) >> _SHIFT).sub_(_OFFSET).clamp_(0, BINS - 1)
+            self.counts[k] += torch.bincount(index.view(-1), minlength=BINS)
             self.moments[k, 0] += block.numel()
             self.moments[k, 1] += block.sum(dtype=torch.float64)
-            self.moments[k, 2] += block.double().square().sum()
+            self.moments[k, 2] += torch.linalg.vector_norm(block, dtype=torch.float64) ** 2
 
     def merge_processes(self) -> None:
         """Pool the statistics of all processes, so that all find the same ranges."""
@@ -65,8 +66,7 @@ class MagnitudeHistogram:
         """The smallest bin edge that ``percent`` percent of magnitudes do not exceed [K]."""
         share = self.counts.cumsum(1) / self.counts.sum(1, keepdim=True).clamp_min(1)
         index = (share < percent / 100.0 - 1e-12).sum(1).clamp_max(BINS - 1)
-        edges = 2.0 ** (_LOWEST + (index + 1).double() / _PER_OCTAVE)
-        return torch.minimum(edges.float(), self.maximum)
+        return torch.minimum(_edges(self.counts.device)[index + 1].float(), self.maximum)
 
     def range_mse(self, levels: int) -> Tensor:
         """The range with the least squared error of quantization to ``±levels`` codes [K].
@@ -74,9 +74,8 @@ class MagnitudeHistogram:
         Squared error of a candidate λ with step s = λ/levels: (c - λ)² beyond λ, s²/12 inside, and
         c² for magnitudes below s/2, which round to zero. Candidates are the bins' upper edges.
         """
-        bins = torch.arange(BINS, dtype=torch.float64, device=self.counts.device)
-        centre = 2.0 ** (_LOWEST + (bins + 0.5) / _PER_OCTAVE)
-        candidate = 2.0 ** (_LOWEST + (bins + 1) / _PER_OCTAVE)
+        edges = _edges(self.counts.device)
+        centre, candidate = (edges[1:] + edges[:-1]) / 2, edges[1:]
         n = self.counts
         below = torch.stack([n, n * centre, n * centre**2]).cumsum(2)  # [3, K, BINS]
         over = below[:, :, -1:] - below
@@ -88,3 +87,9 @@ class MagnitudeHistogram:
         error = clipped + zero + (below[0] - zero_count) * step**2 / 12
         best = candidate[error.argmin(1)].float()
         return torch.minimum(best, self.maximum)
+
+
+def _edges(device: torch.device) -> Tensor:
+    """The BINS + 1 edges of the bins, float64, ascending."""
+    bits = torch.arange(BINS + 1, dtype=torch.int32, device=device).add_(_OFFSET) << _SHIFT
+    return bits.view(torch.float32).double()

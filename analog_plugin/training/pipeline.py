@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -70,10 +71,9 @@ def train_analog(
     scheme = resolve_scheme(recipe.scheme)
     own, arguments = split_training(recipe.training)
     times: dict[str, float] = {}
-    clock = _Stopwatch(times)
 
-    with clock("data"):
-        rows = _training_tokens(model, recipe, tokenizer, dataset)
+    # All that can be refused is refused before the long work begins.
+    check_sequence_length(model, recipe.data.sequence_length)
     tokens = reference = None
     if recipe.evaluation is not None:
         if tokenizer is None:
@@ -88,11 +88,15 @@ def train_analog(
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
     result = AnalogResult(model, recipe)
-    with clock("calibration"):
-        size = int(arguments.get("per_device_train_batch_size", 8))
-        batches = rows.split(size)[: scheme.range_init_batches]
-        device = next(model.parameters()).device
-        calibrate_ranges(model, ({"input_ids": b.to(device)} for b in batches), len(batches))
+    train = train and recipe.training is not None
+    with _timed(times, "data"):
+        rows = _training_tokens(teacher, recipe, tokenizer, dataset)
+    if not (train and tokens is None and scheme.range_init_in_training):
+        with _timed(times, "calibration"):
+            size = int(arguments.get("per_device_train_batch_size", 8))
+            batches = rows.split(size)[: scheme.range_init_batches]
+            device = next(model.parameters()).device
+            calibrate_ranges(model, ({"input_ids": b.to(device)} for b in batches), len(batches))
 
     def measure(name: str, **options: Any) -> None:
         settings = recipe.evaluation
@@ -109,7 +113,7 @@ def train_analog(
             **options,
         )
 
-    with clock("evaluation"):
+    with _timed(times, "evaluation"):
         if tokens is not None:
             size = recipe.evaluation.batch_size if recipe.evaluation else 4
             reference = Reference.of(teacher, tokens, size)
@@ -117,10 +121,10 @@ def train_analog(
         measure("original")
     history: list[dict[str, Any]] = []
     steps = skipped = 0
-    if train and recipe.training is not None:
-        with clock("training"):
+    if train:
+        with _timed(times, "training"):
             history, steps, skipped = _train(model, teacher, rows, recipe, own, arguments)
-        with clock("evaluation"):
+        with _timed(times, "evaluation"):
             measure("analog-trained")
     model.eval()
     layers = dict(analog_layers(model))
@@ -144,7 +148,6 @@ def _training_tokens(
     model: nn.Module, recipe: AnalogRecipe, tokenizer: Any, dataset: Any
 ) -> Tensor:
     data = recipe.data
-    check_sequence_length(model, data.sequence_length)
     if isinstance(dataset, Tensor):
         if dataset.dim() != 2 or dataset.numel() == 0:
             raise AnalogError(
@@ -248,19 +251,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-class _Stopwatch:
-    """Adds the seconds spent in a ``with`` block under a name."""
-
-    def __init__(self, times: dict[str, float]) -> None:
-        self.times = times
-
-    def __call__(self, name: str) -> _Stopwatch:
-        self.name = name
-        return self
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        spent = time.perf_counter() - self.start
-        self.times[self.name] = self.times.get(self.name, 0.0) + spent
+@contextlib.contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds spent in the block to ``times[name]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        times[name] = times.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,21 @@
+"""Settings of the whole test run, made before torch is imported."""
+
+import os
+
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+}.items():
+    os.environ.setdefault(name, value)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("ANALOG_PLUGIN_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -1,0 +1,1 @@
+"""A stranger's package, for tests only."""
