@@ -1,0 +1,59 @@
+import pytest
+import yaml
+from tiny_models import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(124))]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<pad>",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory):
+    """A tiny Llama with a tokenizer, on disk."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny("llama").save_pretrained(directory)
+    word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text(" ".join(f"w{(i * i + 3 * i) % 124}" for i in range(600)))
+    return path
+
+
+@pytest.fixture
+def fields():
+    """A recipe that takes a second."""
+    return {
+        "scheme": {
+            "preset": "AFM",
+            "tile_rows": 32,
+            "range_init_in_training": False,
+            "range_init_batches": 2,
+        },
+        "data": {"source": "self", "tokens": 128, "sequence_length": 16},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
+        "evaluation": None,
+    }
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    def write(fields, name="recipe.yaml"):
+        path = tmp_path / name
+        stage = {"analog_stage": {"analog_modifiers": {"AnalogModifier": fields}}}
+        path.write_text(yaml.safe_dump(stage))
+        return path
+
+    return write
