@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 # A bin is what fp32 numbers share in their exponent and the first five bits of their mantissa: 32
-# bins an octave, 1.6 to 3.1 % wide, from 2**-30 to 2**20. Its index is a shift of the number's bits.
+# bins an octave, 1.6 to 3.1 % wide, from 2**-30 to 2**20. The index is a shift of the number's
+# bits.
 _SHIFT, _LOWEST, _HIGHEST = 18, -30, 20
 _OFFSET = (127 + _LOWEST) << (23 - _SHIFT)
 BINS = (_HIGHEST - _LOWEST) << (23 - _SHIFT)
