@@ -34,14 +34,17 @@ def analog_noise_models() -> Iterable[NoiseModel]:
 
     Example::
 
+        import torch
+        from analog_plugin.plugins import NoiseModel, hookimpl
+
         class Uniform:
             def __init__(self, width: float = 0.1) -> None:
                 self.width = width
 
             def program(self, weight, generator):
                 peak = weight.abs().amax(1, keepdim=True)
-                return weight + self.width * peak * (torch.rand(
-                    weight.shape, generator=generator) - 0.5)
+                error = torch.rand(weight.shape, generator=generator, device=weight.device)
+                return weight + self.width * peak * (error - 0.5)
 
         @hookimpl
         def analog_noise_models():
@@ -56,6 +59,9 @@ def analog_presets() -> Iterable[Preset]:
 
     Example::
 
+        from analog_plugin import AnalogScheme
+        from analog_plugin.plugins import Preset, hookimpl
+
         @hookimpl
         def analog_presets():
             yield Preset("MY_CHIP", lambda: AnalogScheme(tile_rows=256, output_bits=9))
@@ -69,9 +75,16 @@ def analog_layers() -> Iterable[LayerType]:
 
     Example::
 
+        from torch import nn
+        from analog_plugin import AnalogLinear
+        from analog_plugin.plugins import LayerType, hookimpl
+
+        class MyLinear(nn.Linear):
+            pass
+
         @hookimpl
         def analog_layers():
-            yield LayerType(MyLinear, lambda module, scheme: MyAnalogLinear(module, scheme))
+            yield LayerType(MyLinear, AnalogLinear.from_linear)
     """
     return ()
 
@@ -81,6 +94,14 @@ def analog_exporters() -> Iterable[Exporter]:
     """Yield deploy profiles.
 
     Example::
+
+        import numpy
+        from analog_plugin.plugins import Exporter, hookimpl
+
+        def write_npz(model, directory):
+            model.config.save_pretrained(directory)
+            arrays = {name: t.float().cpu().numpy() for name, t in model.state_dict().items()}
+            numpy.savez(directory / "weights.npz", **arrays)
 
         @hookimpl
         def analog_exporters():
@@ -95,6 +116,8 @@ def analog_modifiers() -> Iterable[ModifierType]:
 
     Example::
 
+        from analog_plugin.plugins import ModifierType, hookimpl
+
         @hookimpl
         def analog_modifiers():
             yield ModifierType("MyModifier", "my_package.modifier:MyModifier")
@@ -107,6 +130,8 @@ def analog_evaluators() -> Iterable[Evaluator]:
     """Yield groups of metrics.
 
     Example::
+
+        from analog_plugin.plugins import Evaluator, hookimpl
 
         def length(model, tokens, reference, batch_size):
             return {"length": float(tokens.shape[1])}

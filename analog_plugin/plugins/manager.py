@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -37,7 +37,8 @@ def get_plugin_manager() -> pluggy.PluginManager:
     """Return the manager of this process: built-ins first, then installed entry points.
 
     Raises:
-        PluginError: An entry point cannot be loaded, or implements a hook that does not exist.
+        PluginError: An entry point cannot be loaded or registered, or implements a hook that does
+            not exist.
     """
     from analog_plugin.plugins import builtin
 
@@ -58,7 +59,7 @@ def get_plugin_manager() -> pluggy.PluginManager:
                 f"The plugin {entry_point.name!r} ({entry_point.value} of {owner}) does not load: "
                 f"{type(error).__name__}: {error}; repair or uninstall {owner}."
             ) from error
-        manager.register(plugin, name=entry_point.name)
+        _register(manager, plugin, entry_point.name, f"{entry_point.value} of {owner}")
     check_hooks(manager)
     return manager
 
@@ -105,13 +106,29 @@ def lookup(known: Mapping[str, T], name: str, kind: str) -> T:
     """Return ``known[name]``.
 
     Raises:
-        UnknownName: There is none; the message lists what there is.
+        UnknownName: There is none; the message lists what there is and suggests a close name.
     """
     if name in known:
         return known[name]
     close = difflib.get_close_matches(str(name), list(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
-    raise UnknownName(f"There is no {kind} {name!r}; {hint}")
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UnknownName(f"There is no {kind} {name!r}; {hint}known: {', '.join(sorted(known))}.")
+
+
+def _register(manager: pluggy.PluginManager, plugin: Any, name: str, source: str) -> None:
+    other = manager.get_name(plugin)
+    if other is not None:
+        raise PluginError(
+            f"The plugins {other!r} and {name!r} ({source}) are the same module; name it by one "
+            "entry point only."
+        )
+    try:
+        manager.register(plugin, name=name)
+    except pluggy.PluginValidationError as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(
+            f"The plugin {name!r} ({source}) does not fit a hook: {reason}."
+        ) from error
 
 
 def _collect(
@@ -125,7 +142,7 @@ def _collect(
     found: dict[Any, tuple[T, str]] = {}
     for implementation in getattr(manager.hook, hook).get_hookimpls():
         provider = implementation.plugin_name
-        for record in implementation.function():
+        for record in _records(implementation, hook):
             if not isinstance(record, record_type):
                 raise PluginError(
                     f"The plugin {provider!r} yields {type(record).__name__} from {hook}, but must "
@@ -139,3 +156,16 @@ def _collect(
                 )
             found[name] = (record, provider)
     return {name: record for name, (record, _) in found.items()}
+
+
+def _records(implementation: pluggy.HookImpl, hook: str) -> list[Any]:
+    try:
+        records: Iterable[Any] = implementation.function()  # type: ignore[assignment]
+        return list(records)
+    except AnalogError:  # a missing extra, say: already a sentence for the user
+        raise
+    except Exception as error:  # whatever a stranger's hook raises, or None instead of records
+        raise PluginError(
+            f"The plugin {implementation.plugin_name!r} fails in {hook}: "
+            f"{type(error).__name__}: {error}; the hook must yield records."
+        ) from error

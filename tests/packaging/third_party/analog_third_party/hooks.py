@@ -12,7 +12,8 @@ class UniformNoise:
 
     def program(self, weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         peak = weight.abs().amax(1, keepdim=True)
-        return weight + self.width * peak * (torch.rand(weight.shape, generator=generator) - 0.5)
+        error = torch.rand(weight.shape, generator=generator, device=weight.device) - 0.5
+        return weight + self.width * peak * error
 
 
 @hookimpl
