@@ -25,6 +25,7 @@ class AnalogLayer(nn.Module):
         scheme: The :class:`~analog_plugin.scheme.AnalogScheme`.
         input_range: λ [n_tiles], an fp32 Parameter that stays fp32 when the model is cast.
         programmed_weight: [out, in] weights as programmed onto devices, or None.
+        programmed_maximum: [K, out] column maxima that scale the ADC of programmed weights.
         name: The layer's name in its model; keys its noise.
         digital: While true there are neither converters nor training noise: a plain linear layer,
             with the programmed weights if there are any.
@@ -40,6 +41,7 @@ class AnalogLayer(nn.Module):
     range_batches: Tensor
     input_range: nn.Parameter
     programmed_weight: Tensor | None
+    programmed_maximum: Tensor | None
 
     def _become_analog(self, scheme: AnalogScheme, in_features: int) -> None:
         self.scheme = scheme
@@ -50,6 +52,7 @@ class AnalogLayer(nn.Module):
             requires_grad=scheme.input_range == "learned",
         )
         self.register_buffer("programmed_weight", None, persistent=False)
+        self.register_buffer("programmed_maximum", None, persistent=False)
         counts = torch.zeros(len(self.tiles), 2, dtype=torch.int64, device=device)
         self.register_buffer("clip_counts", counts, persistent=False)
         self.register_buffer("range_batches", torch.zeros((), dtype=torch.int64, device=device))
@@ -59,8 +62,6 @@ class AnalogLayer(nn.Module):
         self.digital = False
         self.observer: Callable[[Tensor, Tensor | None], None] | None = None
         self._range_initializer = RangeInitializer(scheme)
-        self._calibrated = scheme.input_range == "dynamic" or scheme.input_bits is None
-        self._column_max: tuple[int, Tensor] | None = None
 
     @property
     def tile_weight(self) -> Tensor:
@@ -72,35 +73,29 @@ class AnalogLayer(nn.Module):
         row_mask = self.state.row_mask(x) if self.state is not None else None
         if self.observer is not None:
             self.observer(x, row_mask)
+        programmed = self.programmed_weight
+        weight = self.tile_weight if programmed is None else programmed
         if self.digital:
-            weight = self.tile_weight if self.programmed_weight is None else self.programmed_weight
             return nn.functional.linear(x, weight, self.bias)
         if self.training:
-            self._initialize_ranges(x, row_mask)
-        if not self._calibrated:
-            raise AnalogError(
-                f"The input ranges of {self.name or 'this layer'} were never set; call "
-                "calibrate_ranges(model, batches) or layer.set_input_range(values) first."
-            )
-        weight = self.tile_weight
-        programmed = self.programmed_weight
-        # "noisy": scale the ADC by what was programmed, as aihwkit-lightning does.
-        noisy_bound = programmed is not None and self.scheme.adc_bound == "noisy"
-        bound_weight = programmed if noisy_bound and programmed is not None else weight
+            self.initialize_ranges(x, row_mask)
+        self.require_ranges()
+        maximum = self.programmed_maximum
+        if maximum is None:
+            # Not kept: weights are replaced and written in ways that no version number shows.
+            maximum = column_maximum(weight.detach(), self.tiles)
         context = MatmulContext(self.scheme, self.tiles, row_mask=row_mask, dtype=_dtype(x, weight))
         if self.training and programmed is None:
             if self.state is not None:
                 context.noise = self.state.generator(self.name, weight.device)
             context.sampled = context.noise is None
             context.clip_counts = self.clip_counts if torch.is_grad_enabled() else None
-        y = analog_matmul(
-            x,
-            weight if programmed is None else programmed,
-            self.input_range,
-            self._maximum(bound_weight),
-            context,
-        )
+        y = analog_matmul(x, weight, self.input_range, maximum, context)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def to_linear(self) -> nn.Module:
+        """Return a digital layer that shares weight and bias."""
+        raise NotImplementedError
 
     def program(self, noise: Any, generator: torch.Generator | int) -> None:
         """Program the weights onto simulated devices; the forward then uses the result.
@@ -111,16 +106,20 @@ class AnalogLayer(nn.Module):
         """
         if isinstance(generator, int):
             generator = keyed_generator(f"program/{generator}/{self.name}", self.weight.device)
-        with torch.no_grad():
-            blocks = self.tile_weight.detach().split(self.tiles, dim=1)
+        # Not as inference tensors: a later forward may need gradients through them.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self.tile_weight.detach()
+            blocks = weight.split(self.tiles, dim=1)
             noisy = [noise.program(block, generator).to(block.dtype) for block in blocks]
-            self.programmed_weight = torch.cat(noisy, dim=1)
-        self._column_max = None
+            programmed = torch.cat(noisy, dim=1)
+            # "noisy": scale the ADC by what was programmed, as aihwkit-lightning does.
+            bounding = programmed if self.scheme.adc_bound == "noisy" else weight
+            self.programmed_maximum = column_maximum(bounding, self.tiles)
+            self.programmed_weight = programmed
 
     def restore(self) -> None:
         """Forget the programmed weights; the clean ones were never touched."""
-        self.programmed_weight = None
-        self._column_max = None
+        self.programmed_weight = self.programmed_maximum = None
 
     @torch.no_grad()
     def set_input_range(self, values: Tensor | float | Sequence[float]) -> None:
@@ -141,7 +140,25 @@ class AnalogLayer(nn.Module):
                 f"given {new.tolist()}."
             )
         self.input_range.copy_(new.expand(len(self.tiles)))
-        self._calibrated = True
+        self._range_initializer.known = True
+
+    def require_ranges(self) -> None:
+        """Refuse ranges that are placeholders.
+
+        Raises:
+            AnalogError: They were neither calibrated nor set.
+        """
+        if not self._range_initializer.known:
+            raise AnalogError(
+                f"The input ranges of {self.name or 'this layer'} were never set; call "
+                "calibrate_ranges(model, batches) or layer.set_input_range(values) first."
+            )
+
+    def share_range(self, owner: AnalogLayer) -> None:
+        """Use the range of ``owner``, a layer with equal tiles that then alone updates it."""
+        self.input_range = owner.input_range
+        self._range_initializer = owner._range_initializer
+        self.owns_range = False
 
     @torch.no_grad()
     def range_decay_gradient(self) -> Tensor:
@@ -155,29 +172,17 @@ class AnalogLayer(nn.Module):
         active = (unclipped > self.scheme.range_min_percentage) & (total > 0)
         return self.scheme.range_decay * self.input_range * active
 
-    def train(self, mode: bool = True) -> AnalogLayer:
-        """Switch mode; weights may have changed behind the version counter, so forget maxima."""
-        self._column_max = None
-        return super().train(mode)
-
-    def _maximum(self, weight: Tensor) -> Tensor:
-        """Column maxima [K, out]; kept between forwards in evaluation only."""
-        weight = weight.detach()
-        if self.training:
-            return column_maximum(weight, self.tiles)
-        if self._column_max is None or self._column_max[0] != weight._version:
-            self._column_max = (weight._version, column_maximum(weight, self.tiles))
-        return self._column_max[1]
-
-    def _initialize_ranges(self, x: Tensor, row_mask: Tensor | None) -> None:
-        scheme = self.scheme
-        if not (scheme.range_init_in_training and self.owns_range):
-            self._calibrated = self._calibrated or scheme.range_init_in_training
+    def initialize_ranges(self, x: Tensor, row_mask: Tensor | None) -> None:
+        """Take a micro-batch of inputs [..., in] into ranges that are found in training."""
+        if not self.scheme.range_init_in_training:
             return
-        step = None if self.state is None or self.state.seed is None else self.state.step
-        micro = 0 if self.state is None else self.state.micro_batch
+        self._range_initializer.known = True
+        if not self.owns_range:
+            return
+        state = self.state
+        step = None if state is None or state.seed is None else (state.run, state.step)
+        micro = 0 if state is None else state.micro_batch
         self._range_initializer.update(self, x.detach(), row_mask, step, micro)
-        self._calibrated = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogLayer:
         """Move with the module, but keep the ranges in fp32: half precision rounds them away."""
@@ -189,11 +194,19 @@ class AnalogLayer(nn.Module):
         self.input_range.data = moved
         return self
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A shared range is written for each layer: safetensors refuses tensors that share memory.
+        if not (self.owns_range or keep_vars):
+            destination[prefix + "input_range"] = destination[prefix + "input_range"].clone()
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        ranges = state_dict.get(prefix + "input_range")
+        if isinstance(ranges, Tensor):  # with assign=True it becomes the Parameter as it is
+            state_dict[prefix + "input_range"] = ranges.float()
+            self._range_initializer.known = True
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "input_range" in state_dict:
-            self._calibrated = True
-        self._column_max = None
+        self._range_initializer.restart()
 
     def extra_repr(self) -> str:
         """Tiles and converters beside what the digital layer shows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -39,37 +39,39 @@ def convert_to_analog(
         AnalogError: A name in ``ignore`` or ``targets`` matches nothing, no layer is left, the
             model was already converted, or a layer to convert is tied to an embedding.
     """
+    from analog_plugin.plugins import layer_types
+
     if any(isinstance(module, AnalogLayer) for module in model.modules()):
         raise AnalogError("The model is analog already; call to_digital(model) to start again.")
-    candidates = list(_candidates(model))
+    names = _names(model)
+    known = layer_types()
+    # The class itself, not a subclass: a subclass's forward may do more than multiply.
+    candidates = {module: known[type(module)] for module in names if type(module) in known}
     if not candidates:
         raise AnalogError(
             f"{type(model).__name__} has no linear layer that can be made analog; give a model "
             "with nn.Linear or Conv1D layers."
         )
-    _check_patterns(ignore, [name for name, _ in model.named_modules()], "ignore")
-    chosen = []
-    for name, layer_type in candidates:
-        module = model.get_submodule(name)
-        classes = {base.__name__ for base in type(module).__mro__}
-        wanted = any(t in classes or matches(name, t) for t in targets)
-        if wanted and not any(matches(name, pattern) for pattern in ignore):
-            chosen.append((name, layer_type))
+    _check_patterns(ignore, [name for given in names.values() for name in given], "ignore")
+    chosen = [
+        module
+        for module in candidates
+        if any(_is_target(module, names[module], target) for target in targets)
+        and not any(matches(name, pattern) for name in names[module] for pattern in ignore)
+    ]
     if not chosen:
         raise AnalogError(
             f"No layer is left to convert: targets {list(targets)}, ignore {list(ignore)}; the "
-            f"model has for instance {candidates[0][0]!r}."
+            f"model has for instance {names[next(iter(candidates))][0]!r}."
         )
-    _refuse_tied_embeddings(model, [name for name, _ in chosen])
+    classes = {base.__name__ for digital in known for base in digital.__mro__}
+    convertible = [name for module in candidates for name in names[module]]
+    _check_patterns([target for target in targets if target not in classes], convertible, "targets")
+    _refuse_tied_embeddings(chosen, names)
     state = ForwardState()
-    for name, layer_type in chosen:
-        digital = model.get_submodule(name)
-        with _accelerate_hook(digital) as transfer:
-            analog = layer_type.convert(digital, scheme)
-            analog.name, analog.state = name, state
-            analog.train(digital.training)
-            model.set_submodule(name, analog)
-            transfer(analog)
+    for digital in chosen:
+        analog = _replace(model, digital, names[digital], candidates[digital].convert, scheme)
+        analog.name, analog.state = names[digital][0], state
     _tie_ranges(model, scheme)
     model.register_forward_pre_hook(state.watch, with_kwargs=True)
     return model
@@ -81,11 +83,12 @@ def to_digital(model: nn.Module) -> nn.Module:
     Raises:
         AnalogError: The model has no analog layer.
     """
-    layers = dict(analog_layers(model))
+    names = _names(model)
+    layers = [module for module in names if isinstance(module, AnalogLayer)]
     if not layers:
         raise AnalogError("The model has no analog layer; there is nothing to convert back.")
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.to_linear())
+    for layer in layers:
+        _replace(model, layer, names[layer], type(layer).to_linear)
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(getattr(hook, "__self__", None), ForwardState):
             del model._forward_pre_hooks[key]
@@ -103,14 +106,14 @@ def analog_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @contextlib.contextmanager
 def digital_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Within this context analog layers have neither converters nor training noise."""
-    layers = [layer for _, layer in analog_layers(model)]
+    before = [(layer, layer.digital) for _, layer in analog_layers(model)]
     try:
-        for layer in layers:
+        for layer, _ in before:
             layer.digital = active
         yield
     finally:
-        for layer in layers:
-            layer.digital = False
+        for layer, digital in before:
+            layer.digital = digital
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -123,35 +126,60 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatch(name, pattern)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    from analog_plugin.plugins import layer_types
+def _names(model: nn.Module) -> dict[Any, list[str]]:
+    """All names of each module below ``model``: one that is used twice has two."""
+    names: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            names.setdefault(module, []).append(name)
+    return names
 
-    known = layer_types()
-    for name, module in model.named_modules():
-        # The class itself, not a subclass: a subclass's forward may do more than multiply.
-        if name and type(module) in known:
-            yield name, known[type(module)]
+
+def _replace(
+    model: nn.Module, module: Any, names: Sequence[str], make: Callable[..., Any], *args: Any
+) -> Any:
+    """Put ``make(module, *args)`` in the module's place, under all its names and in its mode.
+
+    An Accelerate hook, which replaces ``forward``, is carried over to the successor.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(module)
+    successor = make(module, *args).train(module.training)
+    for name in names:
+        model.set_submodule(name, successor)
+    if hook is not None:
+        add_hook_to_module(successor, hook)
+    return successor
+
+
+def _is_target(module: nn.Module, names: Sequence[str], target: str) -> bool:
+    classes = {base.__name__ for base in type(module).__mro__}
+    return target in classes or any(matches(name, target) for name in names)
 
 
 def _check_patterns(patterns: Sequence[str], names: Sequence[str], argument: str) -> None:
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            last = sorted({name.rsplit(".", 1)[-1] for name in names if name})
-            shown = ", ".join(part for part in last if not part.isdigit())
+            last = sorted({name.rsplit(".", 1)[-1] for name in names})
+            shown = ", ".join(part for part in last if not part.isdigit()) or names[0]
+            kind = "linear layer" if argument == "targets" else "module"
             raise AnalogError(
-                f"{argument} names {pattern!r}, which matches no module of the model; its modules "
+                f"{argument} names {pattern!r}, which matches no {kind} of the model; its {kind}s "
                 f"are called {shown}."
             )
 
 
-def _refuse_tied_embeddings(model: nn.Module, names: Sequence[str]) -> None:
+def _refuse_tied_embeddings(chosen: Sequence[Any], names: dict[Any, list[str]]) -> None:
     embeddings = {
-        id(module.weight): name
-        for name, module in model.named_modules()
+        id(module.weight): known[0]
+        for module, known in names.items()
         if isinstance(module, nn.Embedding)
     }
-    for name in names:
-        tied = embeddings.get(id(model.get_submodule(name).weight))
+    for module in chosen:
+        name, tied = names[module][0], embeddings.get(id(module.weight))
         if tied is not None:
             raise AnalogError(
                 f"{name!r} shares its weight with the embedding {tied!r}, which would get its "
@@ -169,28 +197,4 @@ def _tie_ranges(model: nn.Module, scheme: AnalogScheme) -> None:
                 continue
             owner = owners.setdefault(parent, layer)
             if owner is not layer and owner.tiles == layer.tiles:
-                layer.input_range = owner.input_range
-                layer.owns_range = False
-
-
-class _accelerate_hook:
-    """Carry an Accelerate hook (which replaces ``forward``) from a module to its successor."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.hook = module, getattr(module, "_hf_hook", None)
-
-    def __enter__(self) -> Any:
-        if self.hook is not None:
-            from accelerate.hooks import remove_hook_from_module
-
-            remove_hook_from_module(self.module)
-        return self.transfer
-
-    def transfer(self, successor: nn.Module) -> None:
-        if self.hook is not None:
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(successor, self.hook)
-
-    def __exit__(self, *error: object) -> None:
-        return None
+                layer.share_range(owner)

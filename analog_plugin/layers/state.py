@@ -16,6 +16,8 @@ class ForwardState:
         seed: Seed of the training noise; None: noise comes from torch's global generator.
 
     Attributes:
+        seed: As above. Setting it begins a run, even with the same seed: steps of another run are
+            other steps, though their numbers may be equal.
         step: Optimizer step, set by :class:`~analog_plugin.training.AnalogCallback`.
         micro_batch: Index of the micro-batch within the step, over all processes. Noise is a
             function of (seed, layer, step, micro-batch) alone, so that the same seed gives the same
@@ -24,10 +26,21 @@ class ForwardState:
     """
 
     def __init__(self, seed: int | None = None) -> None:
+        self.run = 0
         self.seed = seed
         self.step = 0
         self.micro_batch = 0
         self.attention_mask: Tensor | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the training noise."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        self._seed = seed
+        self.run += 1
 
     def generator(self, layer_name: str, device: torch.device) -> torch.Generator | None:
         """Generator of this layer's noise now; None where noise is not keyed."""

@@ -27,7 +27,7 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
 
     if noise is None or noise == "none":
         return None
-    if hasattr(noise, "program"):
+    if hasattr(noise, "program") and not isinstance(noise, type):
         return noise
     arguments: dict[str, Any] = {}
     if isinstance(noise, str):

@@ -24,9 +24,11 @@ def clip_to_sigma(weight: Tensor, alpha: float) -> None:
     """Clamp ``weight`` [out, in] in place to ±``alpha`` standard deviations of each row.
 
     Clipping contributes more robustness than noise injection, and both together are best (arXiv
-    2505.09663). The deviation is taken over the full row, not per tile.
+    2505.09663). The deviation is taken over the full row, not per tile. A row without deviation,
+    such as a single weight, is left as it is: a bound of zero would erase it.
     """
-    bound = (alpha * column_sigma(weight)).to(weight.dtype)
+    sigma = column_sigma(weight)
+    bound = torch.where(sigma > 0, alpha * sigma, torch.inf).to(weight.dtype)
     weight.clamp_(-bound, bound)
 
 
@@ -34,6 +36,6 @@ def clip_to_sigma(weight: Tensor, alpha: float) -> None:
 def peak_to_sigma(weight: Tensor) -> float:
     """The smallest α at which :func:`clip_to_sigma` leaves ``weight`` [out, in] as it is."""
     sigma = column_sigma(weight)
-    low, high = weight.aminmax(dim=1, keepdim=True)
-    ratio = torch.maximum(high, -low).float() / sigma.clamp_min(torch.finfo(torch.float32).tiny)
+    peak = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
+    ratio = peak.float() / sigma.clamp_min(torch.finfo(torch.float32).tiny)
     return float(torch.where(sigma > 0, ratio, 0.0).max())

@@ -40,7 +40,7 @@ class MagnitudeHistogram:
             self.maximum[k] = torch.maximum(self.maximum[k], magnitude.max())
             # Below 2**-30, zero included, all share the lowest bin: no criterion tells them apart.
             index = (magnitude.view(torch.int32) >> _SHIFT).sub_(_OFFSET).clamp_(0, BINS - 1)
-            self.counts[k] += torch.bincount(index.view(-1), minlength=BINS)
+            self.counts[k] += torch.bincount(index.reshape(-1), minlength=BINS)
             self.moments[k, 0] += block.numel()
             self.moments[k, 1] += block.sum(dtype=torch.float64)
             self.moments[k, 2] += torch.linalg.vector_norm(block, dtype=torch.float64) ** 2

@@ -71,11 +71,12 @@ def analog_matmul(
 
 def column_maximum(weight: Tensor, tiles: list[int]) -> Tensor:
     """Largest magnitude per tile and column: ``weight`` [out, in] to [K, out]."""
-    columns = []
-    for block in weight.split(tiles, dim=1):
-        low, high = block.aminmax(dim=1)
-        columns.append(torch.maximum(high, -low))
-    return torch.stack(columns)
+    return torch.stack([_magnitude(block, 1) for block in weight.split(tiles, dim=1)])
+
+
+def _magnitude(values: Tensor, *dims: int) -> Tensor:
+    """Largest magnitude over ``dims``, or over all; faster than aminmax, abs or a norm."""
+    return torch.maximum(values.amax(dims), -values.amin(dims))
 
 
 def fake_quantize_columns(
@@ -122,17 +123,18 @@ class _AnalogMatmul(torch.autograd.Function):
         need_x, need_w, need_range = ctx.needs_input_grad[:3]
         training = context.keep and (need_x or need_w or need_range)
 
-        codes, scales, clipped = _digitize_inputs(rows, input_range, context, training)
+        inputs, codes, scales, clipped = _digitize_inputs(rows, input_range, context, training)
+        full = 1.0 if scheme.input_bits is None else 2.0 ** (scheme.input_bits - 1)
         out, saturated = None, []
         for k, (start, end) in enumerate(context.bounds):
-            block = codes[:, start:end] @ noisy[:, start:end].t()
+            block = inputs[:, start:end] @ noisy[:, start:end].t()
             if scheme.output_bits is not None:
-                block, mask = _convert_outputs(block, column_max[k], scheme, training)
+                block, mask = _convert_outputs(block, column_max[k], full, scheme, training)
                 saturated.append(mask)
                 step = scheme.out_bound * scheme.input_levels / scheme.output_levels
                 factor = (column_max[k].float() * step) * scales[k]
             else:
-                factor = scales[k]
+                factor = scales[k] * full
             if out is None:
                 single = len(context.tiles) == 1
                 out = torch.empty(
@@ -145,15 +147,12 @@ class _AnalogMatmul(torch.autograd.Function):
         ctx.scales = scales
         if training:
             keep_x = rows if scheme.range_gradient == "lsq" and need_range else None
-            # Codes fit one byte up to 8 bits: a quarter of what the inputs would take.
-            small = scheme.input_levels is not None and scheme.input_levels <= 127
-            kept = codes.to(torch.int8) if small else codes
             # A copy: the range may be initialised again before this backward runs.
-            ctx.save_for_backward(kept, noisy, input_range.clone(), keep_x)
+            ctx.save_for_backward(codes, noisy, input_range.clone(), keep_x)
         ctx.weight_dtype = weight.dtype
         ctx.x_dtype = x.dtype
         assert out is not None  # a layer has at least one tile
-        return out.to(dtype).view(*x.shape[:-1], -1)
+        return out.to(dtype).view(*x.shape[:-1], out.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
@@ -201,18 +200,23 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _digitize_inputs(
     rows: Tensor, input_range: Tensor, context: MatmulContext, training: bool
-) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]] | None]:
-    """DAC: integer codes [T, in], the scale of each tile, and which inputs were clipped.
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[tuple[Tensor, Tensor]] | None]:
+    """DAC: what is multiplied [T, in], its codes, each tile's scale, and which inputs were clipped.
 
+    Multiplied are codes as fractions of ``2**(bits - 1)``, exact in every type: products of whole
+    codes leave the range of fp16. Whole codes, one byte each up to 8 bits, are kept for a backward.
     A clipped input is kept as its flat index within the tile, and whether it lies beyond the range
     (rather than on it). Codes are computed in fp32: half precision gets several percent of them
     wrong.
     """
     scheme, levels = context.scheme, context.scheme.input_levels
-    if levels is None:
+    if scheme.input_bits is None or levels is None:
         one = rows.new_ones((1, 1), dtype=torch.float32)
-        return rows.to(context.dtype), [one] * len(context.tiles), None
-    codes = torch.empty(rows.shape, dtype=context.dtype, device=rows.device)
+        inputs = rows.to(context.dtype)
+        return inputs, inputs, [one] * len(context.tiles), None
+    inputs = torch.empty(rows.shape, dtype=context.dtype, device=rows.device)
+    whole = torch.int8 if scheme.input_bits <= 8 else torch.int16
+    codes = torch.empty(rows.shape, dtype=whole, device=rows.device) if training else None
     scales: list[Tensor] = []
     clipped: list[tuple[Tensor, Tensor]] = []
     dynamic = scheme.input_range == "dynamic"
@@ -224,18 +228,20 @@ def _digitize_inputs(
             scale = (input_range[k].float() / levels).view(1, 1)
         scales.append(scale)
         code = torch.div(block.float(), scale).round_().clamp_(-levels, levels)
-        codes[:, start:end] = code
+        torch.mul(code, 2.0 ** (1 - scheme.input_bits), out=inputs[:, start:end])
+        if codes is not None:
+            codes[:, start:end] = code
         if not training or dynamic:
             continue
         # Only codes at the ends can be clipped inputs; few are, so look at those alone.
-        index = (code.abs_() == levels).view(-1).nonzero().squeeze(1)
-        values = block.reshape(-1)[index].float().abs()
+        index = (code.abs_() >= levels).reshape(-1).nonzero().squeeze(1)
+        values = block[index // (end - start), index % (end - start)].float().abs()
         on_or_beyond = values >= input_range[k]
         index = index[on_or_beyond]
         clipped.append((index, values[on_or_beyond] > input_range[k]))
         if context.clip_counts is not None:
             _count_clipped(context, k, index, end - start, rows.shape[0])
-    return codes, scales, None if dynamic else clipped
+    return inputs, codes, scales, None if dynamic else clipped
 
 
 def _count_clipped(context: MatmulContext, k: int, index: Tensor, width: int, tokens: int) -> None:
@@ -249,12 +255,15 @@ def _count_clipped(context: MatmulContext, k: int, index: Tensor, width: int, to
 
 
 def _convert_outputs(
-    block: Tensor, column_max: Tensor, scheme: AnalogScheme, training: bool
+    block: Tensor, column_max: Tensor, full: float, scheme: AnalogScheme, training: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """ADC: products of codes [T, out] to integer ADC codes, and the mask of saturated ones."""
+    """ADC: products [T, out] of inputs that are codes / ``full`` to integer ADC codes.
+
+    Also returns the mask of saturated ones, or None where there is none.
+    """
     assert scheme.input_levels is not None and scheme.output_levels is not None
     levels = scheme.output_levels
-    unit = column_max.float() * (scheme.out_bound * scheme.input_levels / levels)
+    unit = column_max.float() * (scheme.out_bound * scheme.input_levels / levels / full)
     inverse = torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
     block = (
         torch.mul(block, inverse).round_()
@@ -262,10 +271,9 @@ def _convert_outputs(
         else block.mul_(inverse).round_()
     )
     mask = None
-    if training:
+    # Extremes cost a fraction of a mask, but on a GPU they would have to be waited for.
+    if training and (block.is_cuda or (block.numel() and _magnitude(block) > levels)):
         mask = block.abs() > levels
-        if not mask.is_cuda and not mask.any():
-            mask = None
     return block.clamp_(-levels, levels), mask
 
 

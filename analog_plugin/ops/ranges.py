@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -21,38 +22,49 @@ class RangeInitializer:
     """``λ ← (λ·n + κ·std(x)) / (n + 1)`` over the first N optimizer steps of training.
 
     A batch is one optimizer step's: micro-batches and processes are pooled. A recomputation under
-    gradient checkpointing is recognised by its micro-batch and not counted again.
+    gradient checkpointing is recognised by its micro-batch and not counted again. Layers that share
+    a range share its initializer.
+
+    Attributes:
+        known: Whether the range holds a value from data, a file or the user.
     """
 
     def __init__(self, scheme: AnalogScheme) -> None:
         self.batches = scheme.range_init_batches
         self.kappa = scheme.range_init_std
-        self.step: int | None = None
+        self.known = scheme.input_range == "dynamic" or scheme.input_bits is None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the running step: the ranges and their count of batches were loaded anew."""
+        self.step: Hashable | None = None
         self.seen: set[int] = set()
         self.base: Tensor | None = None
         self.sums: Tensor | None = None
 
     @torch.no_grad()
     def update(
-        self, layer: Any, x: Tensor, row_mask: Tensor | None, step: int | None, micro: int
+        self, layer: Any, x: Tensor, row_mask: Tensor | None, step: Hashable | None, micro: int
     ) -> None:
         """Update ``layer.input_range`` from inputs ``x`` [..., in] of one micro-batch.
 
         Args:
-            step: The optimizer step; None: every call is a batch of its own.
+            step: What identifies the optimizer step; None: every call is a batch of its own.
         """
         if step is None or step != self.step:
-            if layer.range_batches >= self.batches:
-                return
             self.step, self.seen, self.sums = step, set(), None
-            self.base = layer.input_range.detach().clone()
-            layer.range_batches += 1
+            finished = layer.range_batches >= self.batches
+            self.base = None if finished else layer.input_range.detach().clone()
         elif micro in self.seen:
             return
         if self.base is None:  # the step began after the last batch
             return
         self.seen.add(micro)
         sums = all_reduce_sum(_moments(x, row_mask, layer.tiles))
+        if not sums[0, 0] > 0:  # no token came here: an expert that none was routed to
+            return
+        if self.sums is None:
+            layer.range_batches += 1
         self.sums = sums if self.sums is None else self.sums + sums
         count, total, squares = self.sums.unbind(1)
         variance = (squares - total * total / count.clamp_min(1)) / (count - 1).clamp_min(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import analog_layers, digital_layers
 from analog_plugin.layers.base import RANGE_FLOOR
+from analog_plugin.modes import evaluation_mode
 from analog_plugin.ops.histogram import MagnitudeHistogram
 from analog_plugin.progress import progress_bar
 from analog_plugin.scheme import AnalogScheme
@@ -48,13 +50,10 @@ def calibrate_ranges(
     if not histograms:
         return {}
     count = 0
-    training = model.training
-    model.eval()
-    with digital_layers(model), _observed(layers, histograms):
+    with evaluation_mode(model), digital_layers(model), _observed(layers, histograms):
         for batch in progress_bar(batches, desc="Calibrating input ranges", total=total):
             model(**batch, use_cache=False)
             count += 1
-    model.train(training)
     if count == 0:
         raise AnalogError("The calibration data is empty; give at least one batch of tokens.")
     shared: dict[int, Tensor] = {}
@@ -88,16 +87,13 @@ def pick_range(histogram: MagnitudeHistogram, scheme: AnalogScheme) -> Tensor:
     return found.clamp_min(RANGE_FLOOR)
 
 
-class _observed:
+@contextlib.contextmanager
+def _observed(layers: dict[str, Any], histograms: dict[str, MagnitudeHistogram]) -> Iterator[None]:
     """Within this context each layer's inputs go to its histogram."""
-
-    def __init__(self, layers: dict[str, Any], histograms: dict[str, MagnitudeHistogram]) -> None:
-        self.layers, self.histograms = layers, histograms
-
-    def __enter__(self) -> None:
-        for name, histogram in self.histograms.items():
-            self.layers[name].observer = histogram.update
-
-    def __exit__(self, *error: object) -> None:
-        for name in self.histograms:
-            self.layers[name].observer = None
+    try:
+        for name, histogram in histograms.items():
+            layers[name].observer = histogram.update
+        yield
+    finally:
+        for name in histograms:
+            layers[name].observer = None
