@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from analog_plugin.modes import evaluation_mode
 from analog_plugin.progress import progress_bar
 from analog_plugin.training.hidden import HiddenStates
 from analog_plugin.training.loss import kl_divergence
@@ -33,11 +34,9 @@ class Reference:
         """Run ``model`` over ``tokens`` [N, S]."""
         states = HiddenStates.of(model)
         device = next(model.parameters()).device
-        training = model.training
-        model.eval()
         batches = progress_bar(tokens.split(batch_size), desc="Running the original")
-        hidden = [states(input_ids=batch.to(device)).cpu() for batch in batches]
-        model.train(training)
+        with evaluation_mode(model):
+            hidden = [states(input_ids=batch.to(device)).cpu() for batch in batches]
         return cls(torch.cat(hidden), states)
 
     def logits(self, rows: slice, position: slice) -> Tensor:
@@ -57,11 +56,7 @@ def fidelity(
         (mean KL(reference ‖ model), nats per token) and ``agreement`` (share of positions at which
         the most likely token is the reference's).
     """
-    states = (
-        HiddenStates.of(model)
-        if reference is None
-        else HiddenStates(model, split=reference.states.split)
-    )
+    states = HiddenStates.of(model) if reference is None else reference.states.alike(model)
     device = next(model.parameters()).device
     nll = kl = agree = 0.0
     count = 0

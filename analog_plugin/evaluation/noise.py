@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.fidelity import Reference
 from analog_plugin.layers import analog_layers, digital_layers, forward_state
+from analog_plugin.modes import evaluation_mode
 from analog_plugin.noise import noise_label, resolve_noise
 from analog_plugin.progress import progress_bar
 
@@ -102,17 +103,13 @@ def evaluate_noise(
         for seed in (seeds if model_of_noise is not None else (None,))
     ]
     report = NoiseReport()
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model), digital_layers(model, not converters):
         for name, model_of_noise, seed in progress_bar(cells, desc=f"Evaluating {label}".strip()):
-            with programmed(model, model_of_noise, seed), digital_layers(model, not converters):
+            with programmed(model, model_of_noise, seed):
                 metrics: dict[str, float] = {}
                 for evaluate in measure:
                     metrics |= evaluate(model, tokens, reference, batch_size)
             report.cells.append(NoiseCell(name, seed, metrics))
-    finally:
-        model.train(training)
     return report
 
 

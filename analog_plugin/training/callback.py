@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from analog_plugin.layers import ForwardState, analog_layers, forward_state
 from analog_plugin.layers.base import RANGE_FLOOR
 from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
 from analog_plugin.ops.ranges import all_reduce_sum
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingDiverged(AnalogError):
@@ -37,13 +40,14 @@ class AnalogCallback(TrainerCallback, ExportableState):
 
     Attributes:
         skipped_steps: Steps skipped so far because the loss or a gradient was not finite.
+        skipped_in_a_row: How many of them are the latest steps.
+        clip_start: Where the annealed clip of each layer began; see :func:`clip_alpha`.
     """
 
     def __init__(self, seed: int | None = None, max_skipped: int = 10) -> None:
         self.seed, self.max_skipped = seed, max_skipped
-        self.skipped_steps = 0
+        self.skipped_steps = self.skipped_in_a_row = 0
         self.clip_start: dict[str, float] = {}
-        self._consecutive = 0
         self._skip = False
         self._ranges: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -51,17 +55,27 @@ class AnalogCallback(TrainerCallback, ExportableState):
         """What the Trainer saves with its checkpoints and restores on resume."""
         return {
             "args": {"seed": self.seed, "max_skipped": self.max_skipped},
-            "attributes": {"skipped_steps": self.skipped_steps, "clip_start": self.clip_start},
+            "attributes": {name: getattr(self, name) for name in _CARRIED},
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seed the noise, and note from where an annealed clip starts."""
+        """Seed the noise, and begin or go on: counts, and from where an annealed clip starts."""
         model = kwargs["model"]
+        self._begin(state)
         forward_state(model).seed = args.seed if self.seed is None else self.seed
         for name, layer in analog_layers(model):
             layer.clip_counts.zero_()
             if layer.scheme.clip_schedule == "anneal" and name not in self.clip_start:
                 self.clip_start[name] = peak_to_sigma(layer.tile_weight)
+
+    def _begin(self, state: Any) -> None:
+        """Go on as the checkpoint says, whether or not the Trainer restores callbacks."""
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.clip_start = {}
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if state.global_step > 0 and isinstance(saved, dict):
+            for name in _CARRIED:
+                setattr(self, name, saved["attributes"].get(name, getattr(self, name)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Key the noise of the step's first micro-batch."""
@@ -81,23 +95,15 @@ class AnalogCallback(TrainerCallback, ExportableState):
         """Skip a step that is not finite; else add the ranges' decay to their gradients."""
         model = kwargs["model"]
         self._ranges = []
-        if self._skip or not _finite_gradients(model):
-            self.skipped_steps += 1
-            self._consecutive += 1
-            if self._consecutive >= self.max_skipped:
-                raise TrainingDiverged(
-                    f"Training stopped at step {state.global_step}: the loss or a gradient was "
-                    f"not finite in {self._consecutive} steps in a row; write a smaller "
-                    "learning_rate or weight_noise, or train in bf16 instead of fp16."
-                )
-            self._skip = True
-            if not args.fp16:  # the fp16 gradient scaler skips by itself, and needs the gradients
-                for parameter in model.parameters():
-                    parameter.grad = None
+        self._skip = self._skip_anywhere(model, args.device)
+        if self._skip:
+            self._count_skipped(state.global_step)
+            for parameter in model.parameters():
+                parameter.grad = None
             for _, layer in analog_layers(model):
                 layer.clip_counts.zero_()
             return
-        self._consecutive = 0
+        self.skipped_in_a_row = 0
         for _, layer in analog_layers(model):
             if not (layer.input_range.requires_grad and layer.owns_range):
                 layer.clip_counts.zero_()
@@ -108,6 +114,26 @@ class AnalogCallback(TrainerCallback, ExportableState):
             grad = layer.input_range.grad
             layer.input_range.grad = decay if grad is None else grad.add_(decay)
             self._ranges.append((layer.input_range, layer.input_range.detach().clone()))
+
+    def _skip_anywhere(self, model: nn.Module, device: torch.device) -> bool:
+        """Whether the step is not finite in any process: all skip it, or they would part."""
+        skip = self._skip or not _finite_gradients(model)
+        return bool(all_reduce_sum(torch.tensor(float(skip), device=device)) > 0)
+
+    def _count_skipped(self, step: int) -> None:
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise TrainingDiverged(
+                f"Training stopped at step {step}: the loss or a gradient was not finite in "
+                f"{self.skipped_in_a_row} steps in a row; write a smaller learning_rate or "
+                "weight_noise, or train in bf16 instead of fp16."
+            )
+        logger.warning(
+            "Step %d was skipped: its loss or a gradient is not finite (%d skipped so far).",
+            step,
+            self.skipped_steps,
+        )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the ranges' update relative to them, and clip the weights."""
@@ -122,6 +148,10 @@ class AnalogCallback(TrainerCallback, ExportableState):
             alpha = clip_alpha(layer.scheme, self.clip_start.get(name), done)
             if alpha is not None:
                 clip_to_sigma(layer.tile_weight, alpha)
+
+
+#: What a resumed run goes on with.
+_CARRIED = ("skipped_steps", "skipped_in_a_row", "clip_start")
 
 
 def clip_alpha(scheme: Any, start: float | None, done: float) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
+from analog_plugin.layers import digital_layers
+from analog_plugin.modes import evaluation_mode
 
 
 @dataclass
@@ -28,7 +29,7 @@ class HiddenStates:
 
     @classmethod
     def of(cls, model: Any) -> HiddenStates:
-        """Find out, by a forward of one token, whether the head can be applied by itself.
+        """Find out, by a forward of two tokens, whether the head can be applied by itself.
 
         Raises:
             AnalogError: The model has no language-model head.
@@ -37,27 +38,17 @@ class HiddenStates:
             raise AnalogError(
                 f"{type(model).__name__} has no language-model head; give a causal language model."
             )
-        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-            return cls(model, split=False)
-        self = cls(model, split=True)
-        device = next(model.parameters()).device
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            token = torch.ones(1, 2, dtype=torch.long, device=device)
-            hidden, output = self._capture(model, input_ids=token)
-            same = hidden is not None and torch.equal(
-                self.head(hidden[:, -1:]).float(), output.logits[:, -1:].float()
-            )
-        model.train(training)
-        return cls(model, split=same)
+        takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
+        return cls(model, split=takes_positions and _head_comes_last(model))
+
+    def alike(self, model: Any) -> HiddenStates:
+        """Read another model in the same way; one of another class always by its logits."""
+        return HiddenStates(model, split=self.split and type(model) is type(self.model))
 
     @property
-    def head(self) -> nn.Module | Callable[[Tensor], Tensor]:
+    def head(self) -> nn.Module:
         """From hidden states to logits."""
-        if not self.split:
-            return nn.Identity()
-        return self.model.get_output_embeddings()
+        return self.model.get_output_embeddings() if self.split else nn.Identity()
 
     def __call__(self, wrapped: Any = None, **inputs: Any) -> Tensor:
         """Hidden states [B, S, H] (or logits, see ``split``) of a forward of ``wrapped``."""
@@ -65,19 +56,57 @@ class HiddenStates:
         inputs.setdefault("use_cache", False)
         if not self.split:
             return module(**inputs).logits
-        hidden, _ = self._capture(module, logits_to_keep=1, **inputs)
+        # The model's own use of its head is thrown away: an analog one must not take its range
+        # or its clip counts from it.
+        with digital_layers(self.head):
+            hidden, _ = _capture(self.model, module, logits_to_keep=1, **inputs)
         assert hidden is not None
         return hidden
 
-    def _capture(self, module: Any, **inputs: Any) -> tuple[Tensor | None, Any]:
-        seen: list[Tensor] = []
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+@torch.no_grad()
+def _head_comes_last(model: Any) -> bool:
+    """Whether the head's inputs are the base model's outputs, and its outputs the logits.
 
-        handle = self.model.base_model.register_forward_hook(keep)
-        try:
-            output = module(**inputs)
-        finally:
-            handle.remove()
-        return (seen[0] if seen else None), output
+    The head's outputs are replaced by values so large that nothing behind it (softcapping,
+    scaling) could leave them as they are; real ones may be too small to tell.
+    """
+    fed: list[Tensor] = []
+    given: list[Tensor] = []
+
+    def replace(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        fed.append(args[0])
+        given.append(torch.linspace(-100, 100, output.shape[-1]).to(output).expand_as(output))
+        return given[-1]
+
+    token = torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    handle = model.get_output_embeddings().register_forward_hook(replace)
+    try:
+        with evaluation_mode(model):
+            hidden, output = _capture(
+                model, model, input_ids=token, logits_to_keep=1, use_cache=False
+            )
+    finally:
+        handle.remove()
+    return (
+        hidden is not None
+        and len(fed) == 1
+        and torch.equal(fed[0], hidden[:, -1:])
+        and torch.equal(output.logits.float(), given[0].float())
+    )
+
+
+def _capture(model: Any, module: Any, **inputs: Any) -> tuple[Tensor | None, Any]:
+    """What ``model``'s base model gave during a forward of ``module``, and what that gave."""
+    seen: list[Tensor | None] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else None
+        seen.append(getattr(output, "last_hidden_state", first))
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        output = module(**inputs)
+    finally:
+        handle.remove()
+    return (seen[0] if seen else None), output

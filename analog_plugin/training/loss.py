@@ -19,12 +19,13 @@ Head = Callable[[Tensor], Tensor]
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(teacher ‖ student) of each row of logits [T, V], in nats, fp32 [T].
 
-    Where the teacher's probability is 0 (a logit of -inf, or underflow) the term is 0.
+    Where the teacher's probability is 0 (a logit of -inf, or underflow) the term is 0. A row that
+    holds NaN or +inf on either side is NaN.
     """
     student = F.log_softmax(student_logits.float(), dim=-1)
     teacher = F.log_softmax(teacher_logits.float(), dim=-1)
     probability = teacher.exp()
-    return torch.where(probability > 0, probability * (teacher - student), 0.0).sum(-1)
+    return torch.where(probability == 0, 0.0, probability * (teacher - student)).sum(-1)
 
 
 def distillation_loss(
@@ -38,6 +39,7 @@ def distillation_loss(
     temperature: float = 1.0,
     cross_entropy: float = 0.0,
     chunk: int = 512,
+    count: Tensor | int | None = None,
 ) -> Tensor:
     """Mean distillation loss per scored token.
 
@@ -54,6 +56,8 @@ def distillation_loss(
         temperature: t, greater than 0.
         cross_entropy: c, between 0 and 1.
         chunk: Positions whose logits exist at the same time.
+        count: What the sum over positions is divided by, for a batch that comes in parts; None:
+            the number of scored positions here.
 
     Returns:
         A scalar; 0 where no position is scored.
@@ -78,7 +82,8 @@ def distillation_loss(
             )
         return loss
 
-    count = max(student.shape[0], 1)
+    if count is None:
+        count = max(student.shape[0], 1)
     parameters = [p for p in getattr(student_head, "parameters", lambda: ())() if p.requires_grad]
     total = _ChunkedLoss.apply(student, teacher, targets, chunk_loss, chunk, *parameters)
     return total / count
@@ -102,7 +107,9 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss.detach()
             if not wanted:
                 continue
-            made = torch.autograd.grad(loss, [hidden, *parameters], allow_unused=True)
+            # Autocast is for the forward: a gradient has the type of what it belongs to.
+            with torch.autocast(student.device.type, enabled=False):
+                made = torch.autograd.grad(loss, [hidden, *parameters], allow_unused=True)
             assert grad_hidden is not None
             grad_hidden[piece] = made[0]
             for i, grad in enumerate(made[1:]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,15 +54,27 @@ class AnalogTrainer(Trainer):
                 "copy.deepcopy(model) made before convert_to_analog."
             )
         super().__init__(model, **kwargs)
-        self.analog_callback = AnalogCallback(seed=noise_seed)
-        self.add_callback(self.analog_callback)
+        if self.args.n_gpu > 1:
+            raise AnalogError(
+                f"One process sees {self.args.n_gpu} GPUs, but AnalogTrainer takes one each; start "
+                f"with torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        self._add_callback(noise_seed)
         self.temperature, self.cross_entropy, self.chunk = temperature, cross_entropy, chunk
         self.range_learning_rate = range_learning_rate
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
-        # The loss is normalised here, not by the model.
-        self.model_accepts_loss_kwargs = False
+        # Tokens are counted over a whole optimizer step, and the loss divided by their number.
+        self.model_accepts_loss_kwargs = True
+        if self.args.label_names is None:  # the loss needs no labels, in evaluation either
+            self.label_names: list[str] = []
+            self.can_return_loss = True
         self._teacher_states = HiddenStates.of(self.teacher)
-        self._student_states = HiddenStates(model, split=self._teacher_states.split)
+        self._student_states = self._teacher_states.alike(model)
+
+    @property
+    def analog_callback(self) -> AnalogCallback:
+        """The callback at work; resuming may have replaced the one that was added."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, AnalogCallback))
 
     def compute_loss(
         self,
@@ -72,33 +85,28 @@ class AnalogTrainer(Trainer):
     ) -> Any:
         """KL to the teacher at every position that the masks let through."""
         inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        given = labels is not None
-        tokens, attention = inputs["input_ids"], inputs.get("attention_mask")
-        if labels is None:
-            labels = tokens
-        targets = torch.full_like(labels, -100)
-        targets[:, :-1] = labels[:, 1:]
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        if attention is not None:
-            mask &= attention.bool()
-            targets[:, :-1] = targets[:, :-1].masked_fill(attention[:, 1:] == 0, -100)
-        if given:
-            mask &= targets != -100
+        targets, mask = _scored(inputs)
+        inputs.pop("labels", None)
         with torch.no_grad():
             reference = self._teacher_states(None, **inputs)
         hidden = self._student_states(model, **inputs)
-        loss = distillation_loss(
-            hidden,
-            reference,
-            self._student_states.head,
-            self._teacher_states.head,
-            mask=mask,
-            labels=targets if self.cross_entropy > 0 else None,
-            temperature=self.temperature,
-            cross_entropy=self.cross_entropy,
-            chunk=self.chunk,
-        )
+        if model.training:
+            self._initialize_head_ranges(hidden, mask)
+        with self.accelerator.autocast():
+            loss = distillation_loss(
+                hidden,
+                reference,
+                self._student_states.head,
+                self._teacher_head,
+                mask=mask,
+                labels=targets if self.cross_entropy > 0 else None,
+                temperature=self.temperature,
+                cross_entropy=self.cross_entropy,
+                chunk=self.chunk,
+                count=num_items_in_batch,
+            )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
         if model.training and not bool(loss.detach().isfinite()):
             self.analog_callback.skip_step()
         return (loss, {"hidden": hidden}) if return_outputs else loss
@@ -128,20 +136,57 @@ class AnalogTrainer(Trainer):
         return [parameter for parameter in unique.values() if parameter.requires_grad]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the weights' gradients; the ranges' are of another scale and stay out of it."""
-        kept = [(parameter, parameter.grad) for parameter in self._ranges()]
-        for parameter, _ in kept:
-            parameter.grad = None
-        try:
-            return super()._clip_grad_norm(model)
-        finally:
-            for parameter, grad in kept:
-                parameter.grad = grad
+        return super()._clip_grad_norm(self._without_ranges(model))
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save a training checkpoint; ranges shared by a group are written for each layer."""
-        state = dict(self.model.state_dict() if state_dict is None else state_dict)
-        for name in state:
-            if name.endswith("input_range"):
-                state[name] = state[name].clone()
-        super()._save(output_dir, state)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._without_ranges(model), grad_norm)
+
+    def _without_ranges(self, model: nn.Module) -> nn.Module:
+        """The parameters whose gradients are clipped: those of ranges are of another scale."""
+        ranges = {id(parameter) for parameter in self._ranges()}
+        return nn.ParameterList(p for p in model.parameters() if id(p) not in ranges)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Scored positions of one optimizer step, over all its micro-batches and processes."""
+        if not batch_samples:
+            return None
+        counts = [_scored(batch)[1].sum().to(device) for batch in batch_samples]
+        count = torch.stack(counts).sum()
+        if self.args.average_tokens_across_devices:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp_min(1)
+
+    def _add_callback(self, noise_seed: int | None) -> None:
+        if not any(isinstance(c, AnalogCallback) for c in self.callback_handler.callbacks):
+            self.add_callback(AnalogCallback(seed=noise_seed))
+        elif noise_seed is not None:
+            raise AnalogError(
+                f"noise_seed is {noise_seed}, but callbacks hold an AnalogCallback, which has a "
+                f"seed of its own; write AnalogCallback(seed={noise_seed}) alone."
+            )
+
+    def _teacher_head(self, hidden: Tensor) -> Tensor:
+        # As the rest of the teacher: in its own precision, not in the student's autocast.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._teacher_states.head(hidden)
+
+    def _initialize_head_ranges(self, hidden: Tensor, mask: Tensor) -> None:
+        """Let an analog head see a whole micro-batch: from then on it gets it in chunks."""
+        for _, head in analog_layers(self._student_states.head):
+            head.initialize_ranges(hidden, mask.reshape(-1))
+
+
+def _scored(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The token that each position [B, S] predicts (-100 for none), and which are scored."""
+    tokens, labels = inputs["input_ids"], inputs.get("labels")
+    attention = inputs.get("attention_mask")
+    source = tokens if labels is None else labels
+    targets = torch.full_like(source, -100)
+    targets[:, :-1] = source[:, 1:]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    if attention is not None:
+        mask &= attention.bool()
+        targets[:, :-1] = targets[:, :-1].masked_fill(attention[:, 1:] == 0, -100)
+    if labels is not None:
+        mask &= targets != -100
+    return targets, mask
