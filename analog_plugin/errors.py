@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import reprlib
+import textwrap
 from types import ModuleType
 
 
@@ -15,6 +17,20 @@ class AnalogError(ValueError):
 
 class MissingExtra(AnalogError, ImportError):
     """An optional dependency is not installed."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: object) -> str:
+    """The ``repr`` of something given, at moderate length."""
+    return _SHORT.repr(value)
+
+
+def one_line(error: BaseException) -> str:
+    """What ``error`` says and its type, in one line of moderate length."""
+    return f"{textwrap.shorten(str(error), 300, placeholder=' …')} ({type(error).__name__})"
 
 
 #: Packages whose own requirements break this set-up, or which we need only the files of.

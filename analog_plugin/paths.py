@@ -25,23 +25,37 @@ def cache_directory(*parts: str) -> Path:
 
 
 def check_output(directory: str | Path, overwrite: bool) -> Path:
-    """Refuse an output directory that exists and is not empty; mend one left by a crash.
+    """Refuse an output directory that cannot be written; mend one left by a crash.
+
+    Returns:
+        The directory that will be written: absolute, links followed.
 
     Raises:
-        AnalogError: It is a file, or not empty without ``overwrite``.
+        AnalogError: It is a file or below one, not empty without ``overwrite``, the current
+            directory or around it, or not writable.
     """
-    directory = Path(directory)
-    _recover(directory)
-    if directory.exists() and not directory.is_dir():
+    try:
+        target = _resolve(directory)
+        _recover(target)
+        there = next(path for path in (target, *target.parents) if path.exists())
+        full = there == target and target.is_dir() and any(target.iterdir())
+    except OSError as error:
+        raise AnalogError(f"The output {directory} cannot be written ({error}).") from None
+    if not there.is_dir():
         raise AnalogError(
-            f"{directory} is a file, but the output must be a directory; give another."
+            f"{there} is a file, but the output {directory} must be a directory; give another."
         )
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+    if full and not overwrite:
         raise AnalogError(
             f"{directory} exists and is not empty; give another directory, or --overwrite "
             "(overwrite=True) to replace it."
         )
-    return directory
+    beside = target.parent if there == target else there
+    if not os.access(beside, os.W_OK):
+        raise AnalogError(
+            f"The output {directory} cannot be written: {beside} is not writable; give another."
+        )
+    return target
 
 
 @contextlib.contextmanager
@@ -68,6 +82,21 @@ def atomic_directory(directory: str | Path, overwrite: bool = False) -> Iterator
         shutil.rmtree(partial, ignore_errors=True)
         _recover(directory)
         raise
+
+
+def _resolve(directory: str | Path) -> Path:
+    """Absolute and without links: a link would be renamed instead of what it leads to."""
+    try:
+        target = Path(directory).resolve()
+    # A loop of links (up to Python 3.12), a zero byte.
+    except (RuntimeError, ValueError) as error:
+        raise AnalogError(f"The output {str(directory)!r} is no path ({error}).") from None
+    if Path.cwd().is_relative_to(target):
+        raise AnalogError(
+            f"The output {str(directory)!r} is the current directory or holds it, so it cannot be "
+            "replaced; give another."
+        )
+    return target
 
 
 def _aside(directory: Path) -> Path:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, one_line, shown
 
 InputRange = Literal["learned", "static", "dynamic"]
 RangeInit = Literal["std", "max", "percentile", "mse"]
@@ -125,7 +125,7 @@ class AnalogScheme:
         """
         if self.tile_rows is None:
             return [in_features]
-        count = math.ceil(in_features / self.tile_rows)
+        count = -(-in_features // self.tile_rows)
         base, extra = divmod(in_features, count)
         return [base + (i < extra) for i in range(count)]
 
@@ -160,9 +160,10 @@ class AnalogScheme:
     def from_json(cls, text: str) -> AnalogScheme:
         """Read what :meth:`to_json` wrote."""
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise SchemeError(f"The scheme is not valid JSON: {error}.") from error
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SchemeError(f"The scheme is not valid JSON: {one_line(error)}.") from error
+        return cls.from_dict(values)
 
     def to_yaml(self) -> str:
         """Return the scheme as YAML text."""
@@ -175,11 +176,11 @@ class AnalogScheme:
         """Read YAML text, or the YAML file at a ``Path``."""
         import yaml
 
-        text = text.read_text() if isinstance(text, Path) else text
         try:
-            return cls.from_dict(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise SchemeError(f"The scheme is not valid YAML: {error}.") from error
+            values = yaml.safe_load(text.read_text() if isinstance(text, Path) else text)
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise SchemeError(f"The scheme is not valid YAML: {one_line(error)}.") from error
+        return cls.from_dict(values)
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
@@ -188,7 +189,7 @@ def _check_names(values: Mapping[str, Any]) -> None:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}."
-            raise SchemeError(f"The scheme has no field {name!r}; {hint}")
+            raise SchemeError(f"The scheme has no field {shown(name)}; {hint}")
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -200,6 +201,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _BITS = ("input_bits", "output_bits", "weight_bits")
 _COUNTS = ("tile_rows", "tile_columns", "range_init_batches")
+_LARGEST_COUNT = 10**9
 # field: (may be None, allowed interval in words, test)
 _NUMBERS = {
     "range_init_std": (False, "greater than 0", lambda v: v > 0),
@@ -214,13 +216,18 @@ _NUMBERS = {
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    # Unlike math.isfinite, this takes integers that no float holds.
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _validate(scheme: AnalogScheme) -> None:
     def fail(name: str, allowed: str, write: str) -> None:
         given = getattr(scheme, name)
-        raise SchemeError(f"{name} is {given!r}, but must be {allowed}; write {name}: {write}.")
+        raise SchemeError(
+            f"{name} is {shown(given)}, but must be {allowed}; write {name}: {write}."
+        )
 
     defaults = {field.name: field.default for field in dataclasses.fields(AnalogScheme)}
     for name, choices in _CHOICES.items():
@@ -236,9 +243,11 @@ def _validate(scheme: AnalogScheme) -> None:
         count = getattr(scheme, name)
         if count is None and name != "range_init_batches":
             continue
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if not whole or not 1 <= count <= _LARGEST_COUNT:
             null = "" if name == "range_init_batches" else ", or null for one tile"
-            fail(name, f"a whole number of at least 1{null}", "512" if null else "16")
+            allowed = f"a whole number from 1 to {_LARGEST_COUNT}{null}"
+            fail(name, allowed, "512" if null else "16")
     for name, (optional, allowed, test) in _NUMBERS.items():
         value = getattr(scheme, name)
         if value is None and optional:
@@ -257,7 +266,6 @@ def _validate(scheme: AnalogScheme) -> None:
     if scheme.output_bits is not None and scheme.input_bits is None:
         fail("output_bits", "null where input_bits is null (the ADC is scaled by the DAC)", "null")
     for name in ("prefix", "rescale", "overrides"):
-        if getattr(scheme, name) not in (None, ()):
-            fail(
-                name, "left out: it is reserved for a later version", str(defaults[name] or "null")
-            )
+        if getattr(scheme, name) != defaults[name]:
+            write = "null" if defaults[name] is None else "[]"
+            fail(name, "left out: it is reserved for a later version", write)

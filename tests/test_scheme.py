@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from analog_plugin import AnalogScheme
@@ -12,19 +12,33 @@ from analog_plugin.presets import AFM, resolve_scheme
 from analog_plugin.scheme import SchemeError
 
 bits = st.one_of(st.none(), st.integers(2, 16))
-schemes = st.builds(
-    AnalogScheme,
-    input_bits=st.integers(2, 16),
-    output_bits=bits,
-    weight_bits=bits,
-    input_range=st.sampled_from(["learned", "static", "dynamic"]),
-    range_init=st.sampled_from(["std", "max", "percentile", "mse"]),
-    range_init_std=st.floats(0.1, 100),
-    out_bound=st.floats(0.01, 1000),
-    weight_noise=st.floats(0, 0.99),
-    clip_sigma=st.one_of(st.none(), st.floats(0.1, 100)),
-    tile_rows=st.one_of(st.none(), st.integers(1, 5000)),
-    tie_ranges=st.sampled_from([(), (("q_proj", "k_proj"),), (("a", "b"), ("c", "d", "e"))]),
+positive = st.floats(1e-6, 1e6)
+fields = {
+    "input_bits": st.integers(2, 16),
+    "input_range": st.sampled_from(["learned", "static", "dynamic"]),
+    "range_init": st.sampled_from(["std", "max", "percentile", "mse"]),
+    "range_init_std": positive,
+    "range_init_batches": st.integers(1, 10**6),
+    "range_percentile": st.floats(1e-6, 100),
+    "range_decay": st.floats(0, 10),
+    "range_min_percentage": st.floats(0, 1),
+    "range_gradient": st.sampled_from(["paper", "lsq"]),
+    "output_bits": bits,
+    "out_bound": positive,
+    "adc_bound": st.sampled_from(["clean", "noisy"]),
+    "weight_noise": st.floats(0, 0.99),
+    "weight_bits": bits,
+    "clip_sigma": st.one_of(st.none(), positive),
+    "clip_schedule": st.sampled_from(["constant", "anneal"]),
+    "clip_anneal_share": st.floats(1e-6, 1),
+    "tile_rows": st.one_of(st.none(), st.integers(1, 5000)),
+    "tile_columns": st.one_of(st.none(), st.integers(1, 5000)),
+    "tie_ranges": st.sampled_from([(), (("q_proj", "k_proj"),), (("a", "b"), ("c", "d", "e"))]),
+}
+schemes = st.one_of(
+    st.builds(AnalogScheme, **fields),
+    st.just(AnalogScheme(input_bits=None, output_bits=None)),
+    st.just(AnalogScheme(range_init_in_training=True)),
 )
 
 
@@ -33,6 +47,43 @@ def test_round_trips_keep_every_field(scheme):
     assert AnalogScheme.from_dict(scheme.to_dict()) == scheme
     assert AnalogScheme.from_json(scheme.to_json()) == scheme
     assert AnalogScheme.from_yaml(scheme.to_yaml()) == scheme
+
+
+@given(st.data(), st.sampled_from(sorted(fields)))
+def test_replacing_a_field_changes_that_field_alone(data, name):
+    value = data.draw(fields[name])
+    before, after = AnalogScheme().to_dict(), AnalogScheme().replace(**{name: value})
+    assert getattr(after, name) == value
+    assert {k: v for k, v in after.to_dict().items() if k != name} == {
+        k: v for k, v in before.items() if k != name
+    }
+
+
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
+)
+every_field = st.sampled_from([field.name for field in dataclasses.fields(AnalogScheme)])
+
+
+@given(every_field, junk)
+@example("overrides", None)
+def test_any_value_is_either_kept_through_a_round_trip_or_refused_in_one_sentence(name, value):
+    try:
+        scheme = AnalogScheme(**{name: value})
+    except SchemeError as error:
+        # Both fields are named where one is only wrong beside the other.
+        assert name in str(error) and "must be" in str(error) and "\n" not in str(error)
+    else:
+        assert AnalogScheme.from_dict(scheme.to_dict()) == scheme
+        assert AnalogScheme.from_json(scheme.to_json()) == scheme
+        assert AnalogScheme.from_yaml(scheme.to_yaml()) == scheme
+        hash(scheme)
 
 
 @given(st.integers(1, 20000), st.one_of(st.none(), st.integers(1, 3000)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,6 +28,7 @@ def result_table(result: Any) -> str:
         for noise in dict.fromkeys(cell.noise for cell in report.cells):
             values = [_figure(report.mean(noise, m), report.std(noise, m)) for m in metrics]
             lines.append(f"| {name} | {noise} | " + " | ".join(values) + " |")
+    lines += _paired_differences(reports, metrics)
     settings = result.recipe.evaluation
     record = result.training
     seconds = record.get("seconds", {})
@@ -42,6 +45,23 @@ def result_table(result: Any) -> str:
         "*analog-trained*: the same hardware, tiles, converters and seeds after training.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _paired_differences(reports: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """Rows of original minus trained, seed by seed: both had the same device errors."""
+    if not {"original", "analog-trained"} <= reports.keys():
+        return []
+    before, after = reports["original"], reports["analog-trained"]
+    lines = []
+    for noise in dict.fromkeys(cell.noise for cell in after.cells if cell.seed is not None):
+        values = []
+        for metric in metrics:
+            pairs = zip(before.values(noise, metric), after.values(noise, metric), strict=True)
+            gains = [a - b for a, b in pairs]
+            spread = statistics.stdev(gains) if len(gains) > 1 else math.nan
+            values.append(_figure(statistics.fmean(gains), spread))
+        lines.append(f"| *original − trained, per seed* | {noise} | " + " | ".join(values) + " |")
+    return lines
 
 
 def _figure(mean: float, std: float) -> str:

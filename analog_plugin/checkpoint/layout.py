@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+)
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.scheme import AnalogScheme
 
 VERSION = 1
+CONFIG_FILE = "config.json"
 STATE_FILE = "analog/analog_state.safetensors"
 RECIPE_FILE = "analog/recipe.yaml"
 TRAINING_FILE = "analog/training.json"
 MANIFEST_FILE = "analog/manifest.json"
 CARD_FILE = "README.md"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
-_Name = str
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class StateFile(BaseModel):
     """The file with the exact analog state, and its hash."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
     # One literal name: a checkpoint cannot point its reader anywhere else.
     file: Literal["analog/analog_state.safetensors"]
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -37,16 +49,16 @@ class AnalogConfig(BaseModel):
     Args:
         version: Of this schema.
         profile: The deploy profile that wrote the directory.
-        scheme: The fields of the :class:`~analog_plugin.AnalogScheme`.
+        scheme: The :class:`~analog_plugin.AnalogScheme`, made from its fields.
         tiles: Rows of each tile, by layer name.
         state: The file with the input ranges.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _STRICT
     version: Literal[1]
     profile: str
-    scheme: dict[str, Any]
-    tiles: dict[_Name, list[int]] = Field(min_length=1)
+    scheme: Annotated[InstanceOf[AnalogScheme], BeforeValidator(AnalogScheme.from_dict)]
+    tiles: dict[str, list[int]] = Field(min_length=1)
     state: StateFile
 
     @classmethod
@@ -59,20 +71,74 @@ class AnalogConfig(BaseModel):
         found = values.get("version") if isinstance(values, dict) else None
         if found != VERSION:
             raise AnalogError(
-                f"{directory}/config.json holds an analog_config of version {found!r}, but this "
-                f"analog-plugin reads version {VERSION}; install the version that wrote it."
+                f"{directory}/config.json holds an analog_config of version {shown(found)}, "
+                f"but this analog-plugin reads version {VERSION}; install the version that wrote "
+                "it."
             )
         try:
-            config = cls(**values)
+            return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            path = ".".join(str(part) for part in first["loc"])
             raise AnalogError(
-                f"{directory}/config.json: analog_config.{path} is wrong ({first['msg']}); the "
-                "checkpoint was altered, export it again."
+                f"{directory}/config.json: analog_config.{_first_fault(error)}; the checkpoint was "
+                "altered, export it again."
             ) from None
-        AnalogScheme.from_dict(config.scheme)
-        return config
+
+
+class ManifestEntry(BaseModel):
+    """What a file must be."""
+
+    model_config = _STRICT
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The content of ``analog/manifest.json``: files by their names below the directory."""
+
+    model_config = _STRICT
+    version: Literal[1]
+    files: dict[str, ManifestEntry]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        AnalogError: It is missing, not JSON, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AnalogError(f"{path.parent} has no {path.name}; give a model directory.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AnalogError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
+    if not isinstance(values, dict):
+        raise AnalogError(f"{path} cannot be read: it does not hold a JSON object.")
+    return values
+
+
+def weight_files(directory: Path) -> list[str]:
+    """Names of the files that transformers takes the weights from.
+
+    Raises:
+        AnalogError: There are none, or the index of shards names something else than files in the
+            directory.
+    """
+    if (directory / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE]
+    if not (directory / WEIGHTS_INDEX).is_file():
+        raise AnalogError(
+            f"{directory} has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}; copy the checkpoint "
+            "again or export it again."
+        )
+    shards = read_json(directory / WEIGHTS_INDEX).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    for name in names:
+        if not isinstance(name, str) or not _is_inside(name):
+            raise AnalogError(f"{directory}/{WEIGHTS_INDEX} names {shown(name)}, {_OUTSIDE}")
+    if not names:
+        raise AnalogError(f"{directory}/{WEIGHTS_INDEX} names no file; export it again.")
+    return [WEIGHTS_INDEX, *sorted(set(names))]
 
 
 def sha256_of(path: Path) -> str:
@@ -96,39 +162,72 @@ def write_manifest(directory: Path) -> None:
     target.write_text(json.dumps({"version": VERSION, "files": files}, indent=2) + "\n")
 
 
-def verify_manifest(directory: Path) -> None:
+def verify_manifest(directory: Path, required: Iterable[str] = ()) -> None:
     """Check every file that the manifest lists.
+
+    Args:
+        directory: The checkpoint.
+        required: Files that must be in the list, or their damage would go unseen.
 
     Raises:
         AnalogError: The manifest is missing or damaged, or a file is missing, truncated or altered.
     """
-    try:
-        files = json.loads((directory / MANIFEST_FILE).read_text())["files"]
-        entries = [(str(name), int(e["size"]), str(e["sha256"])) for name, e in files.items()]
-    except FileNotFoundError:
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
         raise AnalogError(
             f"{directory} has no {MANIFEST_FILE}: it was not written whole; export it again."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        )
+    try:
+        files = Manifest.model_validate(read_json(path)).files
+    except ValidationError as error:
         raise AnalogError(
-            f"{directory}/{MANIFEST_FILE} cannot be read ({type(error).__name__}); export the "
-            "checkpoint again."
+            f"{path} cannot be read: {_first_fault(error)}; export the checkpoint again."
         ) from None
-    root = directory.resolve()
-    for name, size, digest in entries:
-        path = directory / name
-        # Parts are checked, not the resolved file: a hub cache holds links to its blobs.
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise AnalogError(f"{directory}/{MANIFEST_FILE} names {name!r}, outside {root}.")
-        if not path.is_file():
-            raise AnalogError(f"{directory} lacks {name}; copy it again or export it again.")
-        if path.stat().st_size != size:
-            raise AnalogError(
-                f"{path} has {path.stat().st_size} bytes, but the manifest says {size}: it is "
-                "truncated or was altered; copy it again or export it again."
-            )
-        if sha256_of(path) != digest:
-            raise AnalogError(
-                f"{path} does not have the SHA-256 that the manifest says: it was altered; copy it "
-                "again or export it again."
-            )
+    for name in required:
+        if name not in files:
+            raise AnalogError(f"{path} does not list {name}; export the checkpoint again.")
+    for name, entry in files.items():
+        _verify(directory, name, entry)
+
+
+def _verify(directory: Path, name: str, entry: ManifestEntry) -> None:
+    if not _is_inside(name):
+        raise AnalogError(f"{directory}/{MANIFEST_FILE} names {shown(name)}, {_OUTSIDE}")
+    path = directory / name
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        digest = sha256_of(path) if size == entry.size else None
+    except OSError as error:
+        raise AnalogError(f"{directory}: {shown(name)}: {one_line(error)}.") from None
+    if size is None:
+        raise AnalogError(f"{directory} lacks {name}; copy it again or export it again.")
+    if size != entry.size:
+        raise AnalogError(
+            f"{path} has {size} bytes, but the manifest says {entry.size}: it is truncated or was "
+            "altered; copy it again or export it again."
+        )
+    if digest != entry.sha256:
+        raise AnalogError(
+            f"{path} does not have the SHA-256 that the manifest says: it was altered; copy it "
+            "again or export it again."
+        )
+
+
+_OUTSIDE = "which is outside the directory or no name; export the checkpoint again."
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name from a file can be that of a file below the directory.
+
+    Its parts are looked at, not the resolved file: a hub cache holds links to its blobs.
+    """
+    path = Path(name)
+    relative = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return relative and name.isprintable() and len(name) < 256
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Where the first fault is and what it is; both may quote the file, so on one short line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return textwrap.shorten(f"{place} is wrong ({first['msg']})", 300, placeholder=" …)")

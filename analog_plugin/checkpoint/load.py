@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from analog_plugin.checkpoint.layout import AnalogConfig, sha256_of, verify_manifest
-from analog_plugin.errors import AnalogError
+from analog_plugin.checkpoint.layout import (
+    CONFIG_FILE,
+    STATE_FILE,
+    AnalogConfig,
+    read_json,
+    sha256_of,
+    verify_manifest,
+    weight_files,
+)
+from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.layers import analog_layers, convert_to_analog
 from analog_plugin.noise import resolve_noise
-from analog_plugin.scheme import AnalogScheme
+from analog_plugin.pretrained import load_causal_lm, read_model_config
 
 
 def load_checkpoint(
@@ -40,77 +47,88 @@ def load_checkpoint(
     Raises:
         AnalogError: The directory is missing, holds no analog model, or is truncated or altered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     directory = _local(directory)
-    values = _read_json(directory / "config.json")
-    if "analog_config" not in values:
-        kind = "a purely digital checkpoint" if "quantization_config" in values else "a plain model"
-        raise AnalogError(
-            f"{directory} is {kind} without analog state; give a directory of the profile "
-            "analog-fp, which optimum-cli export analog writes."
-        )
-    analog = AnalogConfig.read(values["analog_config"], directory)
+    analog = _read_analog_config(directory)
+    weights = weight_files(directory)
     if verify:
-        verify_manifest(directory)
-    if sha256_of(directory / analog.state.file) != analog.state.sha256:
-        raise AnalogError(
-            f"{directory / analog.state.file} is not the file that config.json describes; copy the "
-            "checkpoint again or export it again."
-        )
+        verify_manifest(directory, (CONFIG_FILE, STATE_FILE, *weights))
+    state = _read_state(directory, analog)
     model_of_noise = resolve_noise(noise)
-    config = AutoConfig.from_pretrained(directory)
-    # The full-precision weights are wanted, not the digital quantization around them.
-    for key in ("quantization_config", "analog_config"):
+    config = read_model_config(directory)
+    # The full-precision weights are wanted: no quantization around them, no file of another name.
+    for key in ("quantization_config", "analog_config", "transformers_weights"):
         if hasattr(config, key):
             delattr(config, key)
-    kwargs |= {"use_safetensors": True, "trust_remote_code": False}
-    with _expected_extra_tensors():
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config, **kwargs)
-    _restore_analog(model, analog, directory)
+    kwargs |= {"use_safetensors": True}
+    model = load_causal_lm(directory, config=config, **kwargs)
+    _restore_analog(model, analog, state, directory)
     if model_of_noise is not None:
         for _, layer in analog_layers(model):
             layer.program(model_of_noise, seed)
     return model.eval()
 
 
-def _restore_analog(model: nn.Module, analog: AnalogConfig, directory: Path) -> None:
+def _read_analog_config(directory: Path) -> AnalogConfig:
+    values = read_json(directory / CONFIG_FILE)
+    if "analog_config" not in values:
+        kind = "a purely digital checkpoint" if "quantization_config" in values else "a plain model"
+        raise AnalogError(
+            f"{directory} is {kind} without analog state; give a directory of the profile "
+            "analog-fp, which optimum-cli export analog writes."
+        )
+    # transformers would load it too, and the model that it names instead of this one.
+    if (directory / "adapter_config.json").exists():
+        raise AnalogError(
+            f"{directory} holds an adapter, which no checkpoint has; put it into a directory of "
+            "its own and load it with peft."
+        )
+    return AnalogConfig.read(values["analog_config"], directory)
+
+
+def _read_state(directory: Path, analog: AnalogConfig) -> dict[str, Tensor]:
+    """The tensors of the state file, which must be the one that ``config.json`` describes."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    scheme = AnalogScheme.from_dict(analog.scheme)
-    known = {name for name, _ in model.named_modules()}
-    unknown = [name for name in analog.tiles if name not in known]
-    if unknown:
-        raise AnalogError(
-            f"{directory}/config.json names the layer {unknown[0]!r}, which the model "
-            "does not have; export the checkpoint again."
-        )
-    convert_to_analog(model, scheme, ignore=(), targets=tuple(analog.tiles))
+    path = directory / analog.state.file
+    again = "copy the checkpoint again or export it again."
+    if not path.is_file():
+        raise AnalogError(f"{directory} lacks {analog.state.file}; {again}")
     try:
-        state = load_file(directory / analog.state.file)
-    except SafetensorError as error:
-        raise AnalogError(f"{directory / analog.state.file} cannot be read: {error}.") from None
-    for name, layer in analog_layers(model):
-        ranges = state.get(f"{name}.input_range")
-        if ranges is None or analog.tiles.get(name) != layer.tiles:
+        if sha256_of(path) != analog.state.sha256:
+            raise AnalogError(f"{path} is not the file that config.json describes; {again}")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AnalogError(f"{path} cannot be read: {one_line(error)}; {again}") from None
+
+
+def _restore_analog(
+    model: nn.Module, analog: AnalogConfig, state: dict[str, Tensor], directory: Path
+) -> None:
+    """Convert the layers that have tiles, and give them their ranges; all must fit exactly."""
+    convert_to_analog(model, analog.scheme, ignore=(), targets=tuple(analog.tiles))
+    layers = dict(analog_layers(model))
+    for name in sorted(analog.tiles.keys() | layers.keys()):
+        has = layers[name].tiles if name in layers else "none"
+        if analog.tiles.get(name) != has:
             raise AnalogError(
-                f"{directory} does not describe the tiles of {name} as the model has them "
-                f"({layer.tiles}); export the checkpoint again."
+                f"{directory}/config.json does not describe the tiles of {shown(name)} as "
+                f"the model has them ({has}); export the checkpoint again."
             )
-        layer.set_input_range(ranges)
+    expected = {f"{name}.input_range": [len(layer.tiles)] for name, layer in layers.items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name) or state[name].dtype != torch.float32:
+            raise AnalogError(
+                f"{directory / STATE_FILE} does not fit the model: {shown(name)} should be "
+                f"{_tensor(expected.get(name))}; export the checkpoint again."
+            )
+    for name, layer in layers.items():
+        layer.set_input_range(state[f"{name}.input_range"])
 
 
-class _expected_extra_tensors:
-    """Silence the report of ``input_scale``, which the analog model does not need."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("transformers.modeling_utils")
-        self.filter = lambda record: "input_scale" not in record.getMessage()
-        self.logger.addFilter(self.filter)
-
-    def __exit__(self, *error: object) -> None:
-        self.logger.removeFilter(self.filter)
+def _tensor(shape: list[int] | None) -> str:
+    return "absent" if shape is None else f"float32 of shape {shape}"
 
 
 def _local(directory: str | Path) -> Path:
@@ -128,15 +146,3 @@ def _local(directory: str | Path) -> Path:
             f"{directory} is neither a local directory nor a hub model within reach "
             f"({type(error).__name__})."
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise AnalogError(f"{path.parent} has no {path.name}; give a model directory.") from None
-    except (OSError, ValueError) as error:
-        raise AnalogError(f"{path} cannot be read as JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise AnalogError(f"{path} does not hold a JSON object.")
-    return values

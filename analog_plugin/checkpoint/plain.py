@@ -1,4 +1,4 @@
-"""What a loader without this package computes: static input quantization around plain layers."""
+"""What a loader without this package computes: input quantization around plain layers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ from analog_plugin.layers import AnalogConv1D, analog_layers
 from analog_plugin.scheme import FUSED_GROUPS
 
 
+def plain_quantizes_inputs(model: nn.Module) -> bool:
+    """Whether plain loaders are told to quantize inputs.
+
+    Not where the analog model has no DAC, nor where a layer is a ``Conv1D``, which
+    compressed-tensors leaves alone.
+    """
+    layers = [layer for _, layer in analog_layers(model)]
+    with_dac = layers[0].scheme.input_levels is not None
+    return with_dac and not any(isinstance(layer, AnalogConv1D) for layer in layers)
+
+
 def plain_input_scales(model: nn.Module) -> dict[str, Tensor]:
     """One scale [1] for each analog layer: its largest tile range over the DAC's levels.
 
     Plain loaders know one range a layer, and serving engines one for each fused group (q/k/v,
     gate/up), so the largest range of a group stands for all of it. Empty where inputs are not
-    quantized statically, or a layer is a ``Conv1D``, which compressed-tensors leaves alone.
+    quantized, or each token by its own maximum.
     """
+    layers = dict(analog_layers(model))
+    dynamic = next(iter(layers.values())).scheme.input_range == "dynamic"
+    if dynamic or not plain_quantizes_inputs(model):
+        return {}
     ranges: dict[str, Tensor] = {}
     groups: dict[tuple[str, int], list[str]] = {}
-    for name, layer in analog_layers(model):
-        static = layer.scheme.input_levels is not None and layer.scheme.input_range != "dynamic"
-        if not static or isinstance(layer, AnalogConv1D):
-            return {}
+    for name, layer in layers.items():
         ranges[name] = layer.input_range.detach().max().reshape(1)
         parent, _, last = name.rpartition(".")
         for index, group in enumerate(FUSED_GROUPS):
@@ -34,7 +46,6 @@ def plain_input_scales(model: nn.Module) -> dict[str, Tensor]:
         largest = torch.stack([ranges[name] for name in names]).amax(0)
         for name in names:
             ranges[name] = largest
-    layers = dict(analog_layers(model))
     return {name: ranges[name] / layers[name].scheme.input_levels for name in ranges}
 
 
@@ -48,15 +59,20 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 class PlainLinear(nn.Module):
-    """A linear layer behind compressed-tensors' static input quantization.
+    """A linear layer behind compressed-tensors' input quantization.
 
     Its integer range is asymmetric, [-128, 127] for 8 bits, unlike the DAC's ±127: a value clipped
     below the range differs by one code.
+
+    Args:
+        linear: The layer.
+        scale: Of one code, [1]; None: every token's maximum over 127.5 (for 8 bits).
+        bits: Of the codes.
     """
 
-    input_scale: Tensor
+    input_scale: Tensor | None
 
-    def __init__(self, linear: nn.Linear, scale: Tensor, bits: int) -> None:
+    def __init__(self, linear: nn.Linear, scale: Tensor | None, bits: int) -> None:
         super().__init__()
         self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
         self.register_buffer("input_scale", scale)
@@ -64,7 +80,11 @@ class PlainLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] to [..., out]."""
         high = 2 ** (self.bits - 1)
-        scale = self.input_scale.to(x.dtype)
+        if self.input_scale is None:
+            scale = x.abs().amax(-1, keepdim=True) / (high - 0.5)
+            scale = torch.where(scale > 0, scale, torch.finfo(x.dtype).eps)
+        else:
+            scale = self.input_scale.to(x.dtype)
         x = (x / scale).clamp(-high, high - 1).round() * scale
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -76,14 +96,14 @@ def plain_view(model: nn.Module, weight_bits: int | None = None) -> nn.Module:
         model: An analog model.
         weight_bits: Round the weights per channel, as the profile ``w8a8`` does; None: keep them.
     """
-    scales = plain_input_scales(model)
+    scales, quantized = plain_input_scales(model), plain_quantizes_inputs(model)
     copied: Any = copy.deepcopy(model)
     for name, layer in list(analog_layers(copied)):
         linear = layer.to_linear()
         if weight_bits is not None:
             codes, scale = quantize_rows(linear.weight, weight_bits)
             linear.weight = nn.Parameter((codes.float() * scale).to(linear.weight.dtype))
-        if name in scales:
-            linear = PlainLinear(linear, scales[name], layer.scheme.input_bits)
+        if quantized:
+            linear = PlainLinear(linear, scales.get(name), layer.scheme.input_bits)
         copied.set_submodule(name, linear)
     return copied.eval()

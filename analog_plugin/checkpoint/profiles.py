@@ -10,7 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from analog_plugin.checkpoint.layout import STATE_FILE, VERSION, sha256_of
-from analog_plugin.checkpoint.plain import plain_input_scales, quantize_rows
+from analog_plugin.checkpoint.plain import (
+    plain_input_scales,
+    plain_quantizes_inputs,
+    quantize_rows,
+)
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import AnalogConv1D, analog_layers
 
@@ -29,7 +33,7 @@ def write_analog_fp(model: Any, directory: Path) -> Mapping[str, Any]:
     layers = dict(analog_layers(model))
     state = _digital_state(model)
     quantization = None
-    if not _has_conv1d(model) and next(iter(layers.values())).scheme.input_bits is not None:
+    if plain_quantizes_inputs(model):
         for name, scale in plain_input_scales(model).items():
             state[f"{name}.input_scale"] = scale
         quantization = _quantization_config(model, "dense", None)
@@ -46,37 +50,37 @@ def write_analog_fp(model: Any, directory: Path) -> Mapping[str, Any]:
     }
 
 
-def write_w8a8(model: Any, directory: Path) -> None:
-    """int8 weights with one scale a channel, and static 8-bit inputs; purely digital."""
-    _write_integer(model, directory, 8)
+def check_w8a8(model: nn.Module) -> None:
+    """Refuse what :func:`write_w8a8` cannot write.
 
-
-def _write_integer(model: Any, directory: Path, bits: int) -> None:
-    layers = dict(analog_layers(model))
-    scheme = next(iter(layers.values())).scheme
-    if _has_conv1d(model):
+    Raises:
+        AnalogError: The model has ``Conv1D`` layers, or its inputs are not static 8-bit ones.
+    """
+    layers = [layer for _, layer in analog_layers(model)]
+    if any(isinstance(layer, AnalogConv1D) for layer in layers):
         raise AnalogError(
             f"{type(model).__name__} has Conv1D layers, which compressed-tensors does not "
             "quantize; write profile: analog-fp."
         )
-    scales = plain_input_scales(model)
-    if scheme.input_bits != 8 or not scales:
+    scheme = layers[0].scheme
+    if scheme.input_bits != 8 or scheme.input_range == "dynamic":
         raise AnalogError(
-            f"The profile w{bits}a8 needs static 8-bit inputs, but the scheme has input_bits "
+            f"The profile w8a8 needs static 8-bit inputs, but the scheme has input_bits "
             f"{scheme.input_bits} and input_range {scheme.input_range}; write profile: analog-fp."
         )
+
+
+def write_w8a8(model: Any, directory: Path) -> None:
+    """int8 weights with one scale a channel, and static 8-bit inputs; purely digital."""
+    scales = plain_input_scales(model)
     state = _digital_state(model)
-    for name, layer in layers.items():
-        codes, scale = quantize_rows(layer.weight, bits)
+    for name, layer in analog_layers(model):
+        codes, scale = quantize_rows(layer.weight, 8)
         state[f"{name}.weight"] = codes
         state[f"{name}.weight_scale"] = scale
         state[f"{name}.input_scale"] = scales[name]
     weights = _arguments(8) | {"strategy": "channel"}
     _write_model(model, directory, state, _quantization_config(model, "int-quantized", weights))
-
-
-def _has_conv1d(model: nn.Module) -> bool:
-    return any(isinstance(layer, AnalogConv1D) for _, layer in analog_layers(model))
 
 
 def _digital_state(model: nn.Module) -> dict[str, Tensor]:
@@ -88,8 +92,20 @@ def _digital_state(model: nn.Module) -> dict[str, Tensor]:
 def _write_model(
     model: Any, directory: Path, state: dict[str, Tensor], quantization: dict[str, Any] | None
 ) -> None:
-    # The class's method: hosts put their own in the instance.
-    type(model).save_pretrained(model, directory, state_dict=state)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        # Written below as it is: what transformers loads with a warning it refuses to save.
+        model.generation_config = type(generation)()
+    try:
+        # The class's method: hosts put their own in the instance.
+        type(model).save_pretrained(model, directory, state_dict=state)
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(
+            directory / "generation_config.json", keys_to_pop=["compile_config"]
+        )
     path = directory / "config.json"
     config = json.loads(path.read_text())
     config.pop("analog_config", None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from analog_plugin.checkpoint.card import model_card
 from analog_plugin.checkpoint.layout import CARD_FILE, RECIPE_FILE, TRAINING_FILE, write_manifest
-from analog_plugin.layers import forward_state
+from analog_plugin.layers import analog_layers, forward_state
 from analog_plugin.paths import atomic_directory
 
 
@@ -39,13 +39,16 @@ def save_checkpoint(
         The directory.
 
     Raises:
-        AnalogError: The directory is not empty, the model is not analog, or the profile is unknown
-            or cannot hold this model.
+        AnalogError: The directory is not empty or not writable, the model is not analog or has no
+            calibrated ranges, or the profile is unknown or cannot hold this model.
     """
     from analog_plugin.plugins import exporters, lookup
 
     forward_state(model)
+    for _, layer in analog_layers(model):
+        layer.require_ranges()
     exporter = lookup(exporters(), profile, "deploy profile")
+    exporter.check(model)
     with atomic_directory(directory, overwrite) as target:
         analog_config = exporter.write(model, target)
         if tokenizer is not None:

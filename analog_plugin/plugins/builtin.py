@@ -42,10 +42,11 @@ def analog_layers() -> Iterable[LayerType]:
 @hookimpl
 def analog_exporters() -> Iterable[Exporter]:
     """The deploy profiles."""
-    from analog_plugin.checkpoint.profiles import write_analog_fp, write_w8a8
+    from analog_plugin.checkpoint.profiles import check_w8a8, write_analog_fp, write_w8a8
 
     yield Exporter("analog-fp", write_analog_fp, "full-precision weights and the analog state")
-    yield Exporter("w8a8", write_w8a8, "int8 weights and static 8-bit inputs, purely digital")
+    digital = "int8 weights and static 8-bit inputs, purely digital"
+    yield Exporter("w8a8", write_w8a8, digital, check_w8a8)
 
 
 @hookimpl

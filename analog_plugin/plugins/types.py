@@ -63,11 +63,14 @@ class Exporter:
             directory; writes ``config.json`` and the weights, and returns the metadata that belongs
             into ``analog_config`` (None: the profile is purely digital).
         summary: One line for help texts.
+        check: Called as ``check(model)`` with the analog model before it is trained, and again
+            before it is written; raises ``AnalogError`` where the profile cannot hold the model.
     """
 
     name: str
     write: Callable[..., Mapping[str, Any] | None]
     summary: str = ""
+    check: Callable[[Any], None] = lambda model: None
 
 
 @dataclass(frozen=True)
