@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, shown
+
+#: What numpy and torch both take.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
     @classmethod
     def read(cls, values: Any, where: str) -> Any:
@@ -23,10 +31,12 @@ class _Settings(BaseModel):
         """
         if isinstance(values, cls):
             return values
-        if values is not None and not isinstance(values, Mapping):
-            raise AnalogError(f"{where} is {values!r}, but must be a mapping of fields to values.")
+        if not isinstance(values, Mapping):
+            raise AnalogError(
+                f"{where} is {shown(values)}, but must be a mapping of fields to values."
+            )
         try:
-            return cls(**(values or {}))
+            return cls.model_validate(dict(values))
         except ValidationError as error:
             raise AnalogError(_sentence(cls, where, error)) from None
 
@@ -52,7 +62,7 @@ class DataSettings(_Settings):
     top_k: int | None = Field(None, gt=0)
     ignore_eos: bool = True
     batch_size: int = Field(32, gt=0)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     text_column: str = "text"
 
 
@@ -110,10 +120,10 @@ class AnalogRecipe(_Settings):
     training: dict[str, Any] | None = Field(default_factory=dict)
     evaluation: EvaluationSettings | None = EvaluationSettings()
     deploy: DeploySettings = DeploySettings()
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> AnalogRecipe:
+    def parse(cls, values: Mapping[str, Any] | AnalogRecipe) -> AnalogRecipe:
         """Validate everything that can be known before a model is loaded.
 
         Raises:
@@ -123,7 +133,11 @@ class AnalogRecipe(_Settings):
         from analog_plugin.plugins import exporters, lookup
         from analog_plugin.presets import resolve_scheme
 
-        fields = dict(values)
+        if not isinstance(values, (Mapping, cls)):
+            raise AnalogError(
+                f"The recipe is {shown(values)}, but must be a mapping of fields to values."
+            )
+        fields: dict[str, Any] = dict(values)
         parts: dict[str, Any] = {
             "data": DataSettings,
             "distillation": DistillationSettings,
@@ -131,11 +145,15 @@ class AnalogRecipe(_Settings):
             "deploy": DeploySettings,
         }
         for name, part in parts.items():
-            if name in fields and not (name == "evaluation" and fields[name] is None):
+            if fields.get(name) is not None:
                 fields[name] = part.read(fields[name], name)
+            elif name != "evaluation":
+                fields.pop(name, None)
+        if fields.get("training") is not None:
+            own, arguments = split_training(fields["training"])
+            fields["training"] = own.model_dump(exclude_unset=True) | arguments
         recipe = cls.read(fields, "The recipe")
         resolve_scheme(recipe.scheme)
-        split_training(recipe.training)
         lookup(exporters(), recipe.deploy.profile, "deploy profile")
         for noise in recipe.evaluation.noise if recipe.evaluation else ():
             resolve_noise(noise)
@@ -150,35 +168,55 @@ class OwnTraining(_Settings):
 
 
 def split_training(training: Mapping[str, Any] | None) -> tuple[OwnTraining, dict[str, Any]]:
-    """Separate our fields from those of ``TrainingArguments``, and check all names.
+    """Separate our fields from those of ``TrainingArguments``, all of the type declared there.
+
+    Numbers written as text become numbers: YAML reads ``5e-5``, without a point, as text.
 
     Raises:
-        AnalogError: A name is neither's.
+        AnalogError: A name is neither's, or a value is not of its type.
     """
-    import dataclasses
+    given = {} if training is None else training
+    read = _training_settings().read(given, "training")
+    values = {name: getattr(read, name) for name in given}
+    own = {name: values.pop(name) for name in OwnTraining.model_fields if name in values}
+    return OwnTraining(**own), values
 
+
+_BOUNDS: dict[str, Any] = {
+    "per_device_train_batch_size": Field(gt=0),
+    "gradient_accumulation_steps": Field(gt=0),
+    "num_train_epochs": Field(gt=0),
+    "learning_rate": Field(ge=0),
+    "weight_decay": Field(ge=0),
+    "seed": Field(ge=0, lt=2**32),
+}
+
+
+@cache
+def _training_settings() -> type[OwnTraining]:
+    """Our fields and those that ``TrainingArguments`` declares, as one validated record."""
     from transformers import TrainingArguments
 
-    fields = dict(training or {})
-    own = {name: fields.pop(name) for name in OwnTraining.model_fields if name in fields}
-    known = {field.name for field in dataclasses.fields(TrainingArguments)} - {"output_dir"}
-    for name in fields:
-        if name not in known:
-            raise AnalogError(_unknown("training", name, [*OwnTraining.model_fields, *known]))
-    return OwnTraining.read(own, "training"), fields
+    types = typing.get_type_hints(TrainingArguments)
+    fields: dict[str, Any] = {
+        field.name: (Annotated[types[field.name], _BOUNDS.get(field.name)], None)
+        for field in dataclasses.fields(TrainingArguments)
+        if field.init and field.name != "output_dir"
+    }
+    return create_model("TrainingSettings", __base__=OwnTraining, **fields)
 
 
 def _sentence(cls: type[BaseModel], where: str, error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return _unknown(where, path, list(cls.model_fields))
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown(where, first["loc"][0], list(cls.model_fields))
     allowed = first["msg"][0].lower() + first["msg"][1:]
     allowed = allowed.replace("input should", "it should")
-    return f"{where}: {path} is {first['input']!r}, but {allowed}."
+    return f"{where}: {path} is {shown(first['input'])}, but {allowed}."
 
 
-def _unknown(where: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _unknown(where: str, name: object, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}."
     return f"{where} has no field {name!r}; {hint}"

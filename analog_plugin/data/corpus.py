@@ -21,7 +21,7 @@ def evaluation_tokens(
     """Evenly spaced blocks [blocks, length] of a text.
 
     Where the tokenizer puts a beginning-of-sequence token before every text, each block begins with
-    it too.
+    it too, and has none elsewhere.
 
     Args:
         corpus: ``"pydoc_data.topics"``, or any source that
@@ -39,7 +39,7 @@ def evaluation_tokens(
         ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
         rows = torch.tensor(ids[: len(ids) // body * body], dtype=torch.long).view(-1, body)
     else:
-        rows = load_tokens(corpus, tokenizer, body)
+        rows = load_tokens(corpus, tokenizer, body, special_tokens=False)
     if rows.shape[0] < blocks:
         raise AnalogError(
             f"The corpus {corpus} has {rows.shape[0]} blocks of {length} tokens, but {blocks} were "

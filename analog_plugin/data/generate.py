@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from analog_plugin.data.limits import check_sequence_length, check_token_ids
 from analog_plugin.data.pack import pack_documents
 from analog_plugin.errors import AnalogError
-from analog_plugin.paths import atomic_directory, cache_directory
+from analog_plugin.modes import evaluation_mode
+from analog_plugin.paths import atomic_directory, cache_directory, check_output
 from analog_plugin.progress import progress_counter
 
 _FORMAT = 1
@@ -55,10 +59,12 @@ def generate_dataset(
         Token ids [rows, sequence_length].
 
     Raises:
-        AnalogError: The model has no beginning-of-sequence token, or its context is shorter.
+        AnalogError: The model has no such beginning-of-sequence token, its context is shorter, or
+            the cache cannot be written.
     """
     config = model.config
     start = _first_token(model) if bos_token_id is None else bos_token_id
+    check_token_ids(model, torch.tensor([start]), "bos_token_id")
     check_sequence_length(model, sequence_length)
     if tokens < sequence_length:
         raise AnalogError(
@@ -85,6 +91,7 @@ def generate_dataset(
         directory = root / name
         if (found := _read(directory, request)) is not None:
             return found
+        check_output(directory, overwrite=True)
     rows = _sample(model, request)
     if directory is not None:
         _write(directory, request, rows)
@@ -101,9 +108,9 @@ def _sample(model: Any, request: dict[str, Any]) -> Tensor:
     documents: list[Tensor] = []
     have = 0
     devices = [device] if device.type == "cuda" else []
-    training = model.training
-    model.eval()
     with (
+        evaluation_mode(model),
+        _own_generation_config(model),
         torch.random.fork_rng(devices),
         progress_counter(
             desc="Sampling training tokens", total=rows_wanted * length, unit="tok"
@@ -133,8 +140,21 @@ def _sample(model: Any, request: dict[str, Any]) -> Tensor:
                 documents.append(document)
                 have += len(document)
                 bar.update(len(document))
-    model.train(training)
     return pack_documents(documents, length)[:rows_wanted]
+
+
+@contextlib.contextmanager
+def _own_generation_config(model: Any) -> Iterator[None]:
+    """Within this context only the arguments of ``generate`` count.
+
+    What a model brings (beams, penalties, suppressed tokens, a time limit) would bias the samples.
+    """
+    kept = model.generation_config
+    model.generation_config = type(kept)()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _until(row: Tensor, stops: set[int]) -> Tensor:
@@ -158,22 +178,6 @@ def _first_token(model: nn.Module) -> int:
     )
 
 
-def check_sequence_length(model: nn.Module, length: int) -> None:
-    """Refuse sequences that the model's positions do not reach.
-
-    Raises:
-        AnalogError: ``length`` is longer than the model allows.
-    """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None:
-        limit = getattr(model.config, "n_positions", None)
-    if limit is not None and length > limit:
-        raise AnalogError(
-            f"sequence_length is {length}, but the model allows at most {limit}; write "
-            f"sequence_length: {limit}."
-        )
-
-
 def fingerprint(model: nn.Module) -> str:
     """Hash of names, shapes, types and a sample of every parameter's values."""
     digest = hashlib.sha256()
@@ -193,7 +197,9 @@ def _read(directory: Path, request: dict[str, Any]) -> Tensor | None:
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
         rows = load_file(directory / "tokens.safetensors")["input_ids"]
-    except (OSError, json.JSONDecodeError, SafetensorError, KeyError):
+    except (OSError, ValueError, SafetensorError, KeyError):
+        return None
+    if not isinstance(manifest, dict):
         return None
     if manifest.get("request") != request or manifest.get("sha256") != _hash(rows):
         return None

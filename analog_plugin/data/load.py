@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from analog_plugin.data.pack import pack_documents
@@ -27,6 +29,7 @@ def load_tokens(
     *,
     tokens: int | None = None,
     text_column: str = "text",
+    special_tokens: bool = True,
 ) -> Tensor:
     """Read a dataset and pack it into rows of token ids [rows, sequence_length].
 
@@ -37,12 +40,14 @@ def load_tokens(
         sequence_length: Tokens of a row.
         tokens: Stop after so many; None: take all.
         text_column: The column that holds the text.
+        special_tokens: Whether documents begin and end with the tokens that the tokenizer puts
+            there.
 
     Raises:
         AnalogError: The source does not exist, is empty or shorter than one row, or has no text.
     """
     dataset = open_dataset(source)
-    documents = _documents(dataset, tokenizer, text_column, source)
+    documents = _documents(dataset, tokenizer, text_column, source, special_tokens)
     limit = None if tokens is None else max(tokens // sequence_length, 1) * sequence_length
     rows = pack_documents(_first(documents, limit), sequence_length)
     if rows.shape[0] == 0:
@@ -60,6 +65,11 @@ def open_dataset(source: Any) -> Any:
     if isinstance(source, datasets.DatasetDict):
         return source["train"] if "train" in source else next(iter(source.values()))
     if not isinstance(source, (str, Path)):
+        if not isinstance(source, Iterable):
+            raise AnalogError(
+                f"The dataset is {source!r}, but must be a file, a directory, a hub id or a "
+                "datasets.Dataset."
+            )
         return source
     path = Path(source)
     try:
@@ -73,7 +83,7 @@ def open_dataset(source: Any) -> Any:
             if path.stat().st_size == 0:
                 raise AnalogError(f"The dataset {path} is empty; give a file with text.")
             if builder == "text":
-                return [{"text": path.read_text()}]
+                return [{"text": path.read_text(encoding="utf-8")}]
             return datasets.load_dataset(builder, data_files=str(path), split="train")
         if path.is_dir():
             return open_dataset(datasets.load_from_disk(str(path)))
@@ -88,32 +98,64 @@ def open_dataset(source: Any) -> Any:
         ) from error
 
 
-def _documents(dataset: Any, tokenizer: Any, column: str, source: Any) -> Iterator[list[int]]:
+def _documents(
+    dataset: Any, tokenizer: Any, column: str, source: Any, special_tokens: bool
+) -> Iterator[Tensor]:
+    shown = _shown(source)
     for row in dataset:
+        if not isinstance(row, Mapping):
+            raise AnalogError(
+                f"The dataset {shown} has the row {_brief(row)}, but a row must map columns to "
+                "values."
+            )
         if "input_ids" in row:
-            yield list(row["input_ids"])
+            yield _token_ids(row["input_ids"], shown)
             continue
         if column not in row:
             raise AnalogError(
-                f"The dataset {_shown(source)} has no column {column!r}; it has "
+                f"The dataset {shown} has no column {column!r}; it has "
                 f"{', '.join(row)}: write data: {{text_column: {next(iter(row))}}}."
             )
+        text = row[column]
         if tokenizer is None:
             raise AnalogError(
-                f"The dataset {_shown(source)} holds text, so a tokenizer is needed; give "
+                f"The dataset {shown} holds text, so a tokenizer is needed; give "
                 "tokenizer=, or a dataset with a column input_ids."
             )
-        if row[column]:
-            yield tokenizer(row[column], verbose=False)["input_ids"]
+        if text and not isinstance(text, str):
+            raise AnalogError(
+                f"The column {column!r} of the dataset {shown} holds {_brief(text)}, but must hold "
+                "text; write data: {text_column: NAME}."
+            )
+        if text:
+            ids = tokenizer(text, verbose=False, add_special_tokens=special_tokens)["input_ids"]
+            yield torch.tensor(ids, dtype=torch.long)
 
 
-def _first(documents: Iterable[list[int]], limit: int | None) -> Iterator[list[int]]:
+def _token_ids(values: Any, shown: str) -> Tensor:
+    try:
+        ids = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0, 0)
+    if ids.dim() != 1 or (ids.is_floating_point() and ids.numel()):
+        raise AnalogError(
+            f"The column 'input_ids' of the dataset {shown} holds {_brief(values)}, but must hold "
+            "lists of token ids."
+        )
+    return ids.long()
+
+
+def _first(documents: Iterable[Tensor], limit: int | None) -> Iterator[Tensor]:
     have = 0
     for document in documents:
         yield document
         have += len(document)
         if limit is not None and have >= limit:
             return
+
+
+def _brief(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" …")
 
 
 def _shown(source: Any) -> str:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import platform
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from analog_plugin.data import evaluation_tokens, generate_dataset, load_tokens
-from analog_plugin.data.generate import check_sequence_length
+from analog_plugin.data.limits import check_sequence_length, check_token_ids
 from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.fidelity import Reference
 from analog_plugin.evaluation.noise import NoiseReport, evaluate_noise
-from analog_plugin.layers import analog_layers, convert_to_analog, forward_state
+from analog_plugin.layers import analog_layers, convert_to_analog, to_digital
+from analog_plugin.plugins import exporters, lookup
 from analog_plugin.presets import resolve_scheme
 from analog_plugin.recipe import AnalogRecipe, split_training
 from analog_plugin.training.ranges import calibrate_ranges
-from analog_plugin.training.trainer import AnalogTrainer
+from analog_plugin.training.run import TrainingRun, rehearse_training, run_training
 
 
 @dataclass
@@ -64,74 +63,43 @@ def train_analog(
         train: False: calibrate and measure only.
 
     Raises:
-        AnalogError: A setting does not fit the model or the data.
+        AnalogError: A setting does not fit the model or the data; the model is digital as before.
     """
-    if not isinstance(recipe, AnalogRecipe):
-        recipe = AnalogRecipe.parse(recipe)
-    scheme = resolve_scheme(recipe.scheme)
-    own, arguments = split_training(recipe.training)
+    recipe = AnalogRecipe.parse(recipe)
+    train = train and recipe.training is not None
     times: dict[str, float] = {}
+    result = AnalogResult(model, recipe)
+    run = TrainingRun()
 
     # All that can be refused is refused before the long work begins.
-    check_sequence_length(model, recipe.data.sequence_length)
-    tokens = reference = None
-    if recipe.evaluation is not None:
-        if tokenizer is None:
-            raise AnalogError(
-                "The evaluation needs a tokenizer; give tokenizer=, or write evaluation: null."
-            )
-        check_sequence_length(model, recipe.evaluation.length)
-        tokens = evaluation_tokens(
-            tokenizer, recipe.evaluation.blocks, recipe.evaluation.length, recipe.evaluation.corpus
-        )
+    tokens = _evaluation_tokens(model, recipe, tokenizer)
+    if train:
+        rehearse_training(model, recipe)
     # The teacher keeps the original weights; it is never saved.
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
-    result = AnalogResult(model, recipe)
-    train = train and recipe.training is not None
-    with _timed(times, "data"):
-        rows = _training_tokens(teacher, recipe, tokenizer, dataset)
-    if not (train and tokens is None and scheme.range_init_in_training):
-        with _timed(times, "calibration"):
-            size = int(arguments.get("per_device_train_batch_size", 8))
-            batches = rows.split(size)[: scheme.range_init_batches]
-            device = next(model.parameters()).device
-            calibrate_ranges(model, ({"input_ids": b.to(device)} for b in batches), len(batches))
-
-    def measure(name: str, **options: Any) -> None:
-        settings = recipe.evaluation
-        if settings is None or tokens is None:
-            return
-        result.reports[name] = evaluate_noise(
-            model,
-            tokens,
-            (None, *settings.noise),
-            settings.seeds,
-            reference=reference,
-            batch_size=settings.batch_size,
-            label=name,
-            **options,
-        )
-
-    with _timed(times, "evaluation"):
-        if tokens is not None:
-            size = recipe.evaluation.batch_size if recipe.evaluation else 4
-            reference = Reference.of(teacher, tokens, size)
-        measure("original, digital", converters=False)
-        measure("original")
-    history: list[dict[str, Any]] = []
-    steps = skipped = 0
+    convert_to_analog(model, resolve_scheme(recipe.scheme), recipe.ignore, recipe.targets)
+    with _digital_again_on_error(model):
+        lookup(exporters(), recipe.deploy.profile, "deploy profile").check(model)
+        with _timed(times, "data"):
+            rows = _training_tokens(teacher, recipe, tokenizer, dataset)
+        if not (train and tokens is None and resolve_scheme(recipe.scheme).range_init_in_training):
+            with _timed(times, "calibration"):
+                _calibrate(model, rows, recipe)
+        with _timed(times, "evaluation"):
+            measure = _Measurement(teacher, result, tokens)
+            measure("original, digital", converters=False)
+            measure("original")
     if train:
         with _timed(times, "training"):
-            history, steps, skipped = _train(model, teacher, rows, recipe, own, arguments)
+            run = run_training(model, teacher, rows, recipe)
         with _timed(times, "evaluation"):
             measure("analog-trained")
     model.eval()
     layers = dict(analog_layers(model))
     result.training = {
-        "steps": steps,
-        "skipped_steps": skipped,
-        "tokens": steps * _tokens_per_step(rows, arguments),
+        "steps": run.steps,
+        "skipped_steps": run.skipped_steps,
+        "tokens": run.tokens,
         "dataset_tokens": rows.numel(),
         "sequence_length": rows.shape[1],
         "seed": recipe.seed,
@@ -139,24 +107,62 @@ def train_analog(
         "analog_weights": sum(layer.weight.numel() for layer in layers.values()),
         "seconds": {name: round(value, 1) for name, value in times.items()},
         "versions": _versions(),
-        "loss_history": history,
+        "loss_history": run.history,
     }
     return result
+
+
+class _Measurement:
+    """Puts reports into a result: the model against its teacher, as the recipe asks."""
+
+    def __init__(self, teacher: nn.Module, result: AnalogResult, tokens: Tensor | None) -> None:
+        self.settings, self.result, self.tokens = result.recipe.evaluation, result, tokens
+        if self.settings is not None and tokens is not None:
+            self.reference = Reference.of(teacher, tokens, self.settings.batch_size)
+
+    def __call__(self, name: str, **options: Any) -> None:
+        if self.settings is None or self.tokens is None:
+            return
+        self.result.reports[name] = evaluate_noise(
+            self.result.model,
+            self.tokens,
+            (None, *self.settings.noise),
+            self.settings.seeds,
+            reference=self.reference,
+            batch_size=self.settings.batch_size,
+            label=name,
+            **options,
+        )
+
+
+def _evaluation_tokens(model: nn.Module, recipe: AnalogRecipe, tokenizer: Any) -> Tensor | None:
+    settings = recipe.evaluation
+    if settings is None:
+        return None
+    if tokenizer is None:
+        raise AnalogError(
+            "The evaluation needs a tokenizer; give tokenizer=, or write evaluation: null."
+        )
+    check_sequence_length(model, settings.length, "evaluation.length")
+    tokens = evaluation_tokens(tokenizer, settings.blocks, settings.length, settings.corpus)
+    check_token_ids(model, tokens, "The evaluation corpus")
+    return tokens
 
 
 def _training_tokens(
     model: nn.Module, recipe: AnalogRecipe, tokenizer: Any, dataset: Any
 ) -> Tensor:
     data = recipe.data
-    if isinstance(dataset, Tensor):
-        if dataset.dim() != 2 or dataset.numel() == 0:
+    source = data.source if dataset is None else dataset
+    if isinstance(source, Tensor):
+        if source.dim() != 2 or source.numel() == 0:
             raise AnalogError(
-                f"The dataset has the shape {tuple(dataset.shape)}, but must be token ids "
+                f"The dataset has the shape {tuple(source.shape)}, but must be token ids "
                 "[rows, length] with at least one row."
             )
-        check_sequence_length(model, dataset.shape[1])
-        return dataset
-    source = data.source if dataset is None else dataset
+        check_sequence_length(model, source.shape[1])
+        check_token_ids(model, source, "The dataset")
+        return source.long()
     if isinstance(source, str) and source == "self":
         return generate_dataset(
             model,
@@ -169,70 +175,19 @@ def _training_tokens(
             batch_size=data.batch_size,
             seed=data.seed,
         )
-    return load_tokens(
+    check_sequence_length(model, data.sequence_length)
+    rows = load_tokens(
         source, tokenizer, data.sequence_length, tokens=data.tokens, text_column=data.text_column
     )
+    check_token_ids(model, rows, "The dataset")
+    return rows
 
 
-def _train(
-    model: nn.Module,
-    teacher: nn.Module,
-    rows: Tensor,
-    recipe: AnalogRecipe,
-    own: Any,
-    arguments: dict[str, Any],
-) -> tuple[list[dict[str, Any]], int, int]:
-    """Run the Trainer; the model's flags are afterwards as they were before."""
-    from transformers import TrainingArguments
-
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    analog = {id(p) for _, layer in analog_layers(model) for p in layer.parameters()}
-    for parameter in model.parameters():
-        wanted = own.trainable == "all" or id(parameter) in analog
-        parameter.requires_grad_(wanted and parameter.requires_grad)
-    defaults = {
-        "report_to": "none",
-        "save_strategy": "no",
-        "seed": recipe.seed,
-        "logging_steps": 10,
-        "remove_unused_columns": False,
-        "use_cpu": next(model.parameters()).device.type == "cpu",
-    }
-    examples = [{"input_ids": row} for row in rows]
-    with torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
-        try:
-            args = TrainingArguments(**{"output_dir": scratch, **defaults, **arguments})
-        except (ValueError, TypeError) as error:
-            raise AnalogError(f"training: {str(error).splitlines()[0]}") from error
-        trainer = AnalogTrainer(
-            model,
-            teacher=teacher,
-            args=args,
-            train_dataset=examples,
-            noise_seed=recipe.seed,
-            range_learning_rate=own.range_learning_rate,
-            **recipe.distillation.model_dump(),
-        )
-        forward = model.__dict__.get("forward")
-        try:
-            trainer.train()
-        finally:
-            # Under bf16 Accelerate leaves its wrapper around forward.
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            if forward is None:
-                model.__dict__.pop("forward", None)
-            model.eval()
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(required[name])
-                parameter.grad = None
-            forward_state(model).seed = None
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return history, trainer.state.global_step, trainer.analog_callback.skipped_steps
-
-
-def _tokens_per_step(rows: Tensor, arguments: Mapping[str, Any]) -> int:
-    size = int(arguments.get("per_device_train_batch_size", 8))
-    return size * int(arguments.get("gradient_accumulation_steps", 1)) * rows.shape[1]
+def _calibrate(model: nn.Module, rows: Tensor, recipe: AnalogRecipe) -> None:
+    size = split_training(recipe.training)[1].get("per_device_train_batch_size", 8)
+    batches = rows.split(size)[: resolve_scheme(recipe.scheme).range_init_batches]
+    device = next(model.parameters()).device
+    calibrate_ranges(model, ({"input_ids": b.to(device)} for b in batches), len(batches))
 
 
 def _versions() -> dict[str, str]:
@@ -259,3 +214,13 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         times[name] = times.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _digital_again_on_error(model: nn.Module) -> Iterator[None]:
+    """What fails in the block leaves ``model`` as it was before its conversion."""
+    try:
+        yield
+    except BaseException:
+        to_digital(model)
+        raise

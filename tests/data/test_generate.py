@@ -233,3 +233,33 @@ def test_sequences_longer_than_the_model_allows_are_refused(name):
 def test_less_than_one_sequence_is_refused(model):
     with pytest.raises(AnalogError, match="tokens is 11, but must be at least one sequence of 12"):
         generate_dataset(model, LENGTH - 1, LENGTH)
+
+
+@pytest.mark.parametrize("start", [-1, 128])
+def test_a_first_token_that_the_model_does_not_have_is_refused(start, model):
+    with pytest.raises(AnalogError, match=r"bos_token_id holds .* run from 0 to 127"):
+        generate_dataset(model, 40, LENGTH, bos_token_id=start)
+
+
+SETTINGS = {
+    "num_return_sequences": 3, "num_beams": 2, "suppress_tokens": [5, 6], "max_time": 1e-6,
+    "stop_strings": ["a"], "return_dict_in_generate": True, "min_p": 0.5, "do_sample": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_generation_settings_of_the_model_do_not_count(name, model):
+    expected = generate_dataset(model, 60, LENGTH, cache=False)
+    kept = model.generation_config
+    setattr(kept, name, SETTINGS[name])
+    assert torch.equal(generate_dataset(model, 60, LENGTH, cache=False), expected)
+    assert model.generation_config is kept
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_sampled(
+    model, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("sampled"))
+    with pytest.raises(AnalogError, match="file"):
+        generate_dataset(model, 40, LENGTH, cache=tmp_path / "file" / "cache")

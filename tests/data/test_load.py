@@ -149,3 +149,27 @@ def test_less_than_one_row_is_refused(write, tokenizer):
 def test_a_dataset_without_rows_is_refused(tokenizer):
     with pytest.raises(AnalogError, match="empty or shorter"):
         load_tokens(datasets.Dataset.from_dict({"text": []}), tokenizer, 9)
+
+
+WRONG = {
+    "text of numbers": ([{"text": 5}], "column 'text' .* holds 5, but must hold text"),
+    "ids of words": ([{"input_ids": ["a"]}], r"holds \['a'\], but must hold lists of token ids"),
+    "ids of fractions": ([{"input_ids": [1.5]}], "lists of token ids"),
+    "nested ids": ([{"input_ids": [[1, 2]]}], "lists of token ids"),
+    "no ids": ([{"input_ids": None}], "lists of token ids"),
+    "rows without columns": ([["w1"]], "a row must map columns"),
+    "rows of tensors": ([torch.ones(3, 3)], "a row must map columns"),
+    "a number": (5, "The dataset is 5"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), WRONG.values(), ids=WRONG.keys())
+def test_rows_that_hold_something_else_are_one_sentence(data, message, tokenizer):
+    with pytest.raises(AnalogError, match=message) as caught:
+        load_tokens(data, tokenizer, 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_special_tokens_can_be_left_out(bos_tokenizer, words):
+    data = [{"text": words(3)}, {"text": words(3)}]
+    assert load_tokens(data, bos_tokenizer, 6, special_tokens=False).tolist() == [[5, 6, 7] * 2]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny
 from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 from analog_plugin import AnalogError
@@ -36,7 +37,8 @@ def test_the_command_writes_a_checkpoint_that_loads(
     result = run_cli("--model", model_directory, "--recipe", recipe, out, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     table = [line for line in result.stdout.splitlines() if line.startswith("| ")]
-    assert len(table) == 1 + 3 * 2  # three models, without and with noise
+    # Three models, without and with noise, and what training gained under noise.
+    assert len(table) == 1 + 3 * 2 + 1
     assert all(line in (out / "README.md").read_text() for line in table)
     assert "± " in table[2] and "4 blocks of 16 tokens" in result.stdout
     for bar in ("Sampling training tokens", "Calibrating input ranges", "Evaluating original"):
@@ -176,11 +178,12 @@ def make_quantized(directory):
     ("prepare", "message"),
     [
         (lambda d: None, "neither a local model directory nor a hub model"),
-        (lambda d: BertConfig().save_pretrained(d), "does not load"),
+        (lambda d: tiny().config.save_pretrained(d), "does not load"),
+        (lambda d: BertConfig().save_pretrained(d), "no causal language model"),
         (lambda d: T5Config().save_pretrained(d), "has no causal language model"),
         (make_quantized, "quantized already"),
     ],
-    ids=["missing", "no weights", "not causal", "quantized"],
+    ids=["missing", "no weights", "sees what follows", "not causal", "quantized"],
 )
 def test_a_model_that_cannot_be_used_is_one_sentence(
     prepare, message, model_directory, fields, tmp_path

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analog_integrations.llmcompressor import AnalogModifier
-from analog_plugin import load_checkpoint
+from analog_plugin import AnalogError, load_checkpoint
 from analog_plugin.layers import analog_layers
 from optimum.analog import main_export
 
@@ -89,3 +89,25 @@ def test_a_modifier_in_python_needs_no_recipe_file(model_directory, fields, tmp_
 def test_wrong_settings_are_refused_at_construction(fields, message):
     with pytest.raises(ValueError, match=message):
         AnalogModifier(**fields)
+
+
+@pytest.mark.parametrize(
+    ("training", "examples", "message"),
+    [
+        ({"optim": "sgdx"}, [{"input_ids": torch.ones(16, dtype=torch.long)}], "training: .*sgdx"),
+        ({}, [{"input_ids": torch.full((16,), 128)}], "token id 128"),
+        ({}, [{"words": torch.ones(16)}], "without input_ids"),
+    ],
+    ids=["training", "tokens", "no tokens"],
+)
+def test_what_does_not_fit_leaves_the_model_digital(
+    training, examples, message, model_directory, fields, write_recipe, tmp_path
+):
+    fields["training"].update(training)
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    with pytest.raises(AnalogError, match=message):
+        oneshot(
+            model=model, recipe=str(write_recipe(fields)), output_dir=str(tmp_path / "out"),
+            dataset=DataLoader(examples * 4), pipeline="datafree",
+        )  # fmt: skip
+    assert not dict(analog_layers(model)) and not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from analog_plugin.checkpoint import save_checkpoint
 from analog_plugin.data import pack_documents
 from analog_plugin.errors import AnalogError
+from analog_plugin.pretrained import load_tokenizer
 from analog_plugin.recipe import AnalogRecipe
 from analog_plugin.training.pipeline import AnalogResult, train_analog
 
@@ -68,7 +69,8 @@ class AnalogModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Keep what training needs."""
         self._dataset = _token_rows(kwargs.get("calib_data"), self.analog_recipe())
-        self._tokenizer = _tokenizer(state)
+        # The one beside the model: llm-compressor hands its own to no modifier.
+        self._tokenizer = load_tokenizer(state.model.config.name_or_path)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -103,6 +105,11 @@ def _token_rows(loader: Any, recipe: AnalogRecipe) -> torch.Tensor | None:
         return None
     documents = []
     for batch in loader:
+        if "input_ids" not in batch:
+            raise AnalogError(
+                "The dataset given to oneshot has batches without input_ids; give it a tokenizer "
+                "too, or tokenized rows."
+            )
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -118,13 +125,3 @@ def _token_rows(loader: Any, recipe: AnalogRecipe) -> torch.Tensor | None:
             "data: {sequence_length: N}."
         )
     return rows
-
-
-def _tokenizer(state: State) -> Any:
-    """The tokenizer that lies beside the model; llm-compressor hands its own to no modifier."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(state.model.config.name_or_path)
-    except (OSError, ValueError):
-        return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from analog_plugin.errors import AnalogError, require
+from analog_plugin.errors import AnalogError, one_line, require
 from analog_plugin.plugins import modifiers
 from analog_plugin.recipe import AnalogRecipe
 
@@ -61,7 +61,7 @@ def _text(path: Path) -> str:
     import yaml
 
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except FileNotFoundError:
         raise AnalogError(
@@ -69,7 +69,10 @@ def _text(path: Path) -> str:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise AnalogError(f"The recipe {path} cannot be read ({type(error).__name__}).") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise AnalogError(f"The recipe {path} is nested too deeply to be read.") from None
+    # ValueError: of a date that does not exist, or a number of thousands of digits.
+    except (yaml.YAMLError, ValueError) as error:
         where = " ".join(str(error).split())
         raise AnalogError(f"The recipe {path} is not valid YAML: {where}.") from None
     if not isinstance(values, Mapping):
@@ -96,4 +99,4 @@ def _first_sentence(path: Path, error: Exception) -> str:
     for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, AnalogError):
             return f"The recipe {path}: {cause}"
-    return f"The recipe {path} was refused by llm-compressor: {str(error).splitlines()[0]}"
+    return f"The recipe {path} was refused by llm-compressor: {one_line(error)}"

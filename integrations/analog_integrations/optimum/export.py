@@ -9,11 +9,13 @@ from typing import Any
 from analog_plugin.checkpoint import save_checkpoint
 from analog_plugin.checkpoint.card import result_table
 from analog_plugin.demo import resolve_model
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.paths import check_output
-from analog_plugin.plugins import exporters, lookup
+from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
 from analog_plugin.recipe import AnalogRecipe
 from analog_plugin.training.pipeline import AnalogResult, train_analog
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main_export(
@@ -74,27 +76,30 @@ def main_export(
 
 
 def effective_recipe(
-    recipe: str | Path | Mapping[str, Any] | AnalogRecipe, **overrides: Any
+    recipe: str | Path | Mapping[str, Any] | AnalogRecipe,
+    *,
+    profile: str | None = None,
+    seed: int | None = None,
 ) -> AnalogRecipe:
-    """Read ``recipe`` and put the given arguments over it, saying so."""
+    """Read ``recipe`` and put the given arguments over it, saying so.
+
+    Raises:
+        AnalogError: The recipe cannot be read, or holds or is given a wrong value.
+    """
     if isinstance(recipe, (str, Path)):
         from analog_integrations.llmcompressor.recipes import read_recipe
 
         settings = read_recipe(recipe)
-    elif isinstance(recipe, AnalogRecipe):
-        settings = recipe
     else:
         settings = AnalogRecipe.parse(recipe)
-    if (profile := overrides.get("profile")) is not None:
-        lookup(exporters(), profile, "deploy profile")
-        if profile != settings.deploy.profile:
-            print(f"profile: {profile} (the recipe says {settings.deploy.profile})")
-        deploy = settings.deploy.model_copy(update={"profile": profile})
-        settings = settings.model_copy(update={"deploy": deploy})
-    if (seed := overrides.get("seed")) is not None:
-        if seed != settings.seed:
-            print(f"seed: {seed} (the recipe says {settings.seed})")
-        settings = settings.model_copy(update={"seed": seed})
+    given = {"profile": profile, "seed": seed}
+    said = {"profile": settings.deploy.profile, "seed": settings.seed}
+    deploy = settings.deploy.model_dump() | ({} if profile is None else {"profile": profile})
+    fields = dict(settings) | {"deploy": deploy} | ({} if seed is None else {"seed": seed})
+    settings = AnalogRecipe.parse(fields)
+    for name, value in given.items():
+        if value not in (None, said[name]):
+            print(f"{name}: {value} (the recipe says {said[name]})")
     return settings
 
 
@@ -102,40 +107,33 @@ def load_model(model: str, *, dtype: str, device: str | None) -> tuple[Any, Any]
     """Load a causal language model and its tokenizer (None where it has none).
 
     Raises:
-        AnalogError: The model is missing or no causal language model, or the device is not there.
+        AnalogError: The model is missing or no full-precision causal language model, its files
+            cannot be read, or the device is not there.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve_model(str(model))
+    if dtype not in _DTYPES:
+        raise AnalogError(f"dtype is {dtype!r}, but must be one of {', '.join(_DTYPES)}.")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        torch.zeros(1, device=place).item()
+    # Wrong names, drivers and devices that hold nothing fail in as many ways as there are backends.
+    except Exception as error:
         raise AnalogError(
-            f"The model {model} is neither a local model directory nor a hub model within reach: "
-            f"{_first_line(error)}"
+            f"The device {place!r} cannot be used: {one_line(error)}; write cpu or cuda."
         ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise AnalogError(
-            f"The model {model} is of type {config.model_type!r}, which has no causal language "
-            "model; give one for text generation."
-        )
+    source = resolve_model(str(model))
+    config = read_model_config(source, str(model))
     if getattr(config, "quantization_config", None) is not None:
         raise AnalogError(
             f"The model {model} is quantized already; give the full-precision model it was made of."
         )
+    tokenizer = load_tokenizer(source, str(model))
+    options = {"config": config, "dtype": getattr(torch, dtype)}
+    loaded = load_causal_lm(source, name=str(model), **options)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = loaded.to(place)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise AnalogError(f"The model {model} does not load: {_first_line(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        tokenizer = None
-    return loaded, tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return loaded.to(place), tokenizer
+    except RuntimeError as error:
+        raise AnalogError(
+            f"The model {model} does not fit on {place}: {one_line(error)}"
+        ) from error

@@ -28,7 +28,7 @@ class AnalogModelForCausalLM:
         model: str | Path,
         *,
         noise: str | Mapping[str, Any] | Any | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         export: bool = False,
         recipe: Any = None,
         **kwargs: Any,
@@ -38,7 +38,8 @@ class AnalogModelForCausalLM:
         Args:
             model: The directory or hub id; with ``export`` a digital model.
             noise: Program the weights with this noise model, for instance ``"pcm"``.
-            seed: Seed of the programming (with ``export``, of the training too).
+            seed: Seed of the programming, 0 where not given; with ``export`` of the training too,
+                and the recipe's where not given.
             export: Run ``recipe`` on a digital model and return the result.
             recipe: For ``export``: a recipe file or its fields.
             **kwargs: For transformers' ``from_pretrained``; with ``export``: ``dataset``,
@@ -50,7 +51,7 @@ class AnalogModelForCausalLM:
         if not export:
             if recipe is not None:
                 raise AnalogError("recipe is only used with export=True; write export=True.")
-            return load_checkpoint(model, noise=noise, seed=seed, **kwargs)
+            return load_checkpoint(model, noise=noise, seed=seed or 0, **kwargs)
         if recipe is None:
             raise AnalogError('export=True needs a recipe; write recipe="recipe.yaml".')
         from analog_integrations.optimum.export import effective_recipe, load_model
@@ -59,15 +60,14 @@ class AnalogModelForCausalLM:
         from analog_plugin.training.pipeline import train_analog
 
         settings = effective_recipe(recipe, seed=seed)
+        programming = resolve_noise(noise)
         dataset = kwargs.pop("dataset", None)
-        loaded, tokenizer = load_model(
-            str(model), dtype=kwargs.pop("dtype", "float32"), device=kwargs.pop("device", None)
-        )
+        where = {"dtype": kwargs.pop("dtype", "float32"), "device": kwargs.pop("device", None)}
         if kwargs:
             raise AnalogError(f"export=True does not take {', '.join(sorted(kwargs))}.")
+        loaded, tokenizer = load_model(str(model), **where)
         analog = train_analog(loaded, settings, tokenizer=tokenizer, dataset=dataset).model
-        programming = resolve_noise(noise)
         for _, layer in analog_layers(analog):
             if programming is not None:
-                layer.program(programming, seed)
+                layer.program(programming, settings.seed)
         return analog

@@ -1,0 +1,170 @@
+"""The Trainer's part of the pipeline: a rehearsal that refuses wrong arguments, and the run."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from analog_plugin.errors import AnalogError, one_line
+from analog_plugin.layers import analog_layers, forward_state
+from analog_plugin.modes import evaluation_mode
+from analog_plugin.recipe import AnalogRecipe, split_training
+from analog_plugin.training.trainer import AnalogTrainer
+
+
+@dataclass
+class TrainingRun:
+    """What a run did.
+
+    Attributes:
+        steps, skipped_steps: Optimizer steps, and those of them whose loss was not finite.
+        tokens: Tokens trained on, a token counted each time.
+        history: The Trainer's log entries that hold a loss.
+    """
+
+    steps: int = 0
+    skipped_steps: int = 0
+    tokens: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def rehearse_training(model: Any, recipe: AnalogRecipe) -> None:
+    """Begin the training on rows of two tokens, and stop before a step changes anything.
+
+    Args:
+        model: The digital model; it is not changed.
+        recipe: Its ``training`` is looked at.
+
+    Raises:
+        AnalogError: The recipe's training does not run.
+    """
+    from transformers import Trainer
+
+    tokens = torch.zeros(2, dtype=torch.long)
+    with (
+        _kept(model),
+        evaluation_mode(model),
+        torch.enable_grad(),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        try:
+            args = _arguments(model, recipe, scratch)
+            # The first takes minutes, the others leave hooks where training stops halfway.
+            args.torch_compile, args.neftune_noise_alpha, args.debug = False, None, []
+            rows = [{"input_ids": tokens, "labels": tokens}] * args.train_batch_size
+            trainer = Trainer(model, args=args, train_dataset=rows)
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                return  # beginning would shard the model
+            # Instead of those that would open a run in a logging service.
+            trainer.callback_handler.callbacks = [_StopBeforeStep()]
+            with contextlib.suppress(_Rehearsed):
+                trainer.train()
+        # Optimizers, schedulers, loaders and loggers of many packages raise whatever they like.
+        except Exception as error:
+            raise AnalogError(f"training: {one_line(error)}") from error
+        finally:
+            model.zero_grad()
+
+
+class _Rehearsed(Exception):
+    """All that a step needs has been there."""
+
+
+class _StopBeforeStep(TrainerCallback):
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        raise _Rehearsed
+
+
+def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -> TrainingRun:
+    """Train the analog ``model`` on ``rows``; all but its weights is afterwards as before.
+
+    Args:
+        model: The analog student; afterwards in evaluation mode.
+        teacher: The digital original.
+        rows: Token ids [rows, length].
+        recipe: The settings.
+
+    Raises:
+        AnalogError: Training diverged, or has no whole batch.
+    """
+    own, _ = split_training(recipe.training)
+    with _kept(model), torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
+        args = _arguments(model, recipe, scratch)
+        if args.dataloader_drop_last and len(rows) < args.train_batch_size * args.world_size:
+            raise AnalogError(
+                f"training: dataloader_drop_last leaves no batch of {args.train_batch_size} from "
+                f"{len(rows)} rows; write dataloader_drop_last: false."
+            )
+        if own.trainable == "analog":
+            analog = {id(p) for _, layer in analog_layers(model) for p in layer.parameters()}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in analog and parameter.requires_grad)
+        trainer = AnalogTrainer(
+            model,
+            teacher=teacher,
+            args=args,
+            train_dataset=[{"input_ids": row} for row in rows],
+            noise_seed=recipe.seed,
+            range_learning_rate=own.range_learning_rate,
+            **recipe.distillation.model_dump(),
+        )
+        try:
+            trainer.train()
+        finally:
+            model.eval()
+            model.zero_grad()
+            forward_state(model).seed = None
+    return TrainingRun(
+        trainer.state.global_step,
+        trainer.analog_callback.skipped_steps,
+        trainer.state.num_input_tokens_seen,
+        [entry for entry in trainer.state.log_history if "loss" in entry],
+    )
+
+
+def _arguments(model: Any, recipe: AnalogRecipe, scratch: str) -> Any:
+    from transformers import TrainingArguments
+
+    _, given = split_training(recipe.training)
+    defaults = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": recipe.seed,
+        "logging_steps": 10,
+        "remove_unused_columns": False,
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+    }
+    # The record of the training tells the tokens.
+    fixed = {"output_dir": scratch, "include_num_input_tokens_seen": "all"}
+    return TrainingArguments(**(defaults | given | fixed))
+
+
+@contextlib.contextmanager
+def _kept(model: Any) -> Iterator[None]:
+    """What the Trainer changes of a model beside its weights is afterwards as it was."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = dict(vars(model.config))
+    checkpointing = model.is_gradient_checkpointing
+    # Under bf16 Accelerate leaves its wrapper around forward.
+    wrapped = {name: vars(model).get(name) for name in ("forward", "_original_forward")}
+    try:
+        yield
+    finally:
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        if model.is_gradient_checkpointing and not checkpointing:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
+        for name, value in wrapped.items():
+            vars(model).pop(name, None)
+            if value is not None:
+                vars(model)[name] = value
