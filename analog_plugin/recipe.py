@@ -7,11 +7,12 @@ import difflib
 import typing
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError, one_line, shown
 
 #: What numpy and torch both take.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -74,6 +75,17 @@ class DistillationSettings(_Settings):
     chunk: int = Field(512, gt=0)
 
 
+class CalibrationSettings(_Settings):
+    """What the start before training is prepared for.
+
+    Args:
+        noise: The programming noise model that rescaling and the choice of digital layers weigh;
+            null: the converters only.
+    """
+
+    noise: str | dict[str, Any] | None = "pcm"
+
+
 class EvaluationSettings(_Settings):
     """What the table of results measures; see :func:`~analog_plugin.evaluation.evaluate_noise`.
 
@@ -105,7 +117,10 @@ class AnalogRecipe(_Settings):
     Args:
         scheme: A preset's name, or a mapping (see :func:`~analog_plugin.presets.resolve_scheme`).
         targets, ignore: Modules to convert and to leave; see ``convert_to_analog``.
-        data, distillation, evaluation, deploy: See there; ``evaluation: null`` measures nothing.
+        assignment: A YAML or JSON file of the scheme's ``overrides``: which modules stay digital
+            or have fields of their own. :meth:`parse` reads it into the scheme.
+        data, calibration, distillation, evaluation, deploy: See there; ``evaluation: null``
+            measures nothing.
         training: Any field of ``transformers.TrainingArguments``, and ``range_learning_rate`` and
             ``trainable`` (``"all"`` or ``"analog"``: the analog layers' weights and ranges only).
             ``null``: no training, calibration only.
@@ -115,7 +130,9 @@ class AnalogRecipe(_Settings):
     scheme: str | dict[str, Any] = "AFM"
     targets: tuple[str, ...] = ("Linear", "Conv1D")
     ignore: tuple[str, ...] = ("lm_head",)
+    assignment: str | None = None
     data: DataSettings = DataSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     distillation: DistillationSettings = DistillationSettings()
     training: dict[str, Any] | None = Field(default_factory=dict)
     evaluation: EvaluationSettings | None = EvaluationSettings()
@@ -140,6 +157,7 @@ class AnalogRecipe(_Settings):
         fields: dict[str, Any] = dict(values)
         parts: dict[str, Any] = {
             "data": DataSettings,
+            "calibration": CalibrationSettings,
             "distillation": DistillationSettings,
             "evaluation": EvaluationSettings,
             "deploy": DeploySettings,
@@ -153,11 +171,37 @@ class AnalogRecipe(_Settings):
             own, arguments = split_training(fields["training"])
             fields["training"] = own.model_dump(exclude_unset=True) | arguments
         recipe = cls.read(fields, "The recipe")
+        if recipe.assignment is not None:
+            overrides = read_assignment(recipe.assignment)
+            scheme = resolve_scheme(recipe.scheme)
+            scheme = scheme.replace(overrides=(*scheme.overrides, *overrides.items()))
+            recipe = recipe.model_copy(update={"scheme": scheme.to_dict(), "assignment": None})
         resolve_scheme(recipe.scheme)
+        resolve_noise(recipe.calibration.noise)
         lookup(exporters(), recipe.deploy.profile, "deploy profile")
         for noise in recipe.evaluation.noise if recipe.evaluation else ():
             resolve_noise(noise)
         return recipe
+
+
+def read_assignment(path: str) -> Mapping[str, Any]:
+    """Read a file of overrides: module names or patterns to ``digital`` or to fields.
+
+    Raises:
+        AnalogError: It is missing, cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise AnalogError(f"The assignment {path} cannot be read: {one_line(error)}.") from None
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise AnalogError(
+            f"The assignment {path} holds {shown(values)}, but must map module names or patterns "
+            "to digital or to fields; write for instance down_proj: digital."
+        )
+    return values
 
 
 class OwnTraining(_Settings):

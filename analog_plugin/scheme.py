@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.errors import one_line, shown
+from analog_plugin.patterns import matches
+from analog_plugin.scheme_rules import SchemeError, validate
 
 InputRange = Literal["learned", "static", "dynamic"]
-RangeInit = Literal["std", "max", "percentile", "mse"]
+RangeInit = Literal["std", "max", "percentile", "mse", "output"]
 
 #: Projections that read the same input and that serving engines fuse into one matrix.
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-class SchemeError(AnalogError):
-    """A scheme's field is unknown or out of range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +34,9 @@ class AnalogScheme:
         input_range: ``"learned"`` in training, ``"static"`` (calibrated, then fixed) or
             ``"dynamic"`` (the maximum of each token, for comparison: no static DAC can do it).
         range_init: How ranges are found from data: ``"std"`` (``range_init_std`` standard
-            deviations), ``"max"``, ``"percentile"`` (``range_percentile``) or ``"mse"`` (least
-            squared quantization error).
+            deviations), ``"max"``, ``"percentile"`` (``range_percentile``), ``"mse"`` (least
+            squared quantization error) or ``"output"`` (least squared error of the tile's outputs,
+            DAC and ADC together).
         range_init_std: κ of ``range_init="std"``.
         range_init_batches: Batches that the initialisation looks at.
         range_init_in_training: Initialise during the first training steps, as the paper did,
@@ -50,7 +48,7 @@ class AnalogScheme:
             (Esser et al., arXiv 1902.08153, eq. 3).
         output_bits: ADC resolution in bits, 2 to 16; None: no ADC.
         out_bound: β, the ADC's full scale in units of input range × column maximum. One constant
-            for the whole model: a globally static ADC.
+            for the whole model: a globally static ADC. None: chosen from calibration data.
         adc_bound: Take the column maximum from the ``"clean"`` weights, or from the ``"noisy"``
             (programmed) ones as aihwkit-lightning does.
         weight_noise: γ, standard deviation of the training noise relative to the column maximum.
@@ -64,7 +62,15 @@ class AnalogScheme:
         tile_columns: Most columns (outputs) of one tile. Columns are independent of each other in
             all modelled effects, so this only counts tiles.
         tie_ranges: Groups of module names that read the same input and share one range per tile.
-        prefix, rescale, overrides: Reserved; must be left at their defaults.
+        prefix: Tokens whose keys and values are computed once in full precision and stand before
+            every sequence: 1 for the beginning-of-sequence token, or token ids. See
+            :mod:`analog_plugin.layers.prefix`.
+        rescale: ``"noise-aware"``: fold per-channel scales into the layers before; see
+            :mod:`analog_plugin.training.rescale`.
+        digital_share: Share of the multiply-accumulates that may stay digital: the layers that
+            cost most are chosen on calibration data and written into ``overrides``.
+        overrides: Exceptions by module name or pattern: ``"digital"``, or fields of this scheme.
+            Where several match, the last holds.
 
     Raises:
         SchemeError: A field is out of range; the message gives the allowed values.
@@ -84,7 +90,7 @@ class AnalogScheme:
     range_min_percentage: float = 0.95
     range_gradient: Literal["paper", "lsq"] = "paper"
     output_bits: int | None = 8
-    out_bound: float = 14.0
+    out_bound: float | None = 14.0
     adc_bound: Literal["clean", "noisy"] = "clean"
     weight_noise: float = 0.03
     weight_bits: int | None = None
@@ -94,17 +100,19 @@ class AnalogScheme:
     tile_rows: int | None = None
     tile_columns: int | None = None
     tie_ranges: tuple[tuple[str, ...], ...] = ()
-    prefix: None = None
-    rescale: None = None
-    overrides: tuple[()] = ()
+    prefix: int | tuple[int, ...] | None = None
+    rescale: Literal["noise-aware"] | None = None
+    digital_share: float = 0.0
+    overrides: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         groups = self.tie_ranges
         if isinstance(groups, (list, tuple)) and all(isinstance(g, (list, tuple)) for g in groups):
             object.__setattr__(self, "tie_ranges", tuple(tuple(g) for g in groups))
-        if isinstance(self.overrides, list):
-            object.__setattr__(self, "overrides", tuple(self.overrides))
-        _validate(self)
+        if isinstance(self.prefix, list):
+            object.__setattr__(self, "prefix", tuple(self.prefix))
+        object.__setattr__(self, "overrides", _frozen(self.overrides))
+        validate(self)
 
     @property
     def input_levels(self) -> int | None:
@@ -129,6 +137,23 @@ class AnalogScheme:
         base, extra = divmod(in_features, count)
         return [base + (i < extra) for i in range(count)]
 
+    def for_layer(self, name: str) -> AnalogScheme | None:
+        """The scheme of the layer called ``name``, its overrides applied; None: it stays digital.
+
+        Example:
+            >>> scheme = AnalogScheme(overrides={"o_proj": {"input_bits": 6}, "lm_head": "digital"})
+            >>> scheme.for_layer("model.layers.0.o_proj").input_bits
+            6
+            >>> scheme.for_layer("lm_head") is None
+            True
+        """
+        change = None
+        for pattern, given in self.overrides:
+            change = given if matches(name, pattern) else change
+        if change == "digital":
+            return None
+        return self if change is None else self.replace(**dict(change))
+
     def replace(self, **changes: Any) -> AnalogScheme:
         """Return a scheme with ``changes`` applied and validated."""
         _check_names(changes)
@@ -138,7 +163,11 @@ class AnalogScheme:
         """Return plain JSON/YAML values; :meth:`from_dict` reads them back to an equal scheme."""
         values = dataclasses.asdict(self)
         values["tie_ranges"] = [list(group) for group in self.tie_ranges]
-        values["overrides"] = []
+        values["prefix"] = list(self.prefix) if isinstance(self.prefix, tuple) else self.prefix
+        values["overrides"] = {
+            pattern: change if isinstance(change, str) else dict(change)
+            for pattern, change in self.overrides
+        }
         return values
 
     @classmethod
@@ -192,80 +221,16 @@ def _check_names(values: Mapping[str, Any]) -> None:
             raise SchemeError(f"The scheme has no field {shown(name)}; {hint}")
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "input_range": ("learned", "static", "dynamic"),
-    "range_init": ("std", "max", "percentile", "mse"),
-    "range_gradient": ("paper", "lsq"),
-    "adc_bound": ("clean", "noisy"),
-    "clip_schedule": ("constant", "anneal"),
-}
-_BITS = ("input_bits", "output_bits", "weight_bits")
-_COUNTS = ("tile_rows", "tile_columns", "range_init_batches")
-_LARGEST_COUNT = 10**9
-# field: (may be None, allowed interval in words, test)
-_NUMBERS = {
-    "range_init_std": (False, "greater than 0", lambda v: v > 0),
-    "range_percentile": (False, "greater than 0 and at most 100", lambda v: 0 < v <= 100),
-    "range_decay": (False, "0 or greater", lambda v: v >= 0),
-    "range_min_percentage": (False, "between 0 and 1", lambda v: 0 <= v <= 1),
-    "out_bound": (False, "greater than 0", lambda v: v > 0),
-    "weight_noise": (False, "0 or greater and less than 1", lambda v: 0 <= v < 1),
-    "clip_sigma": (True, "greater than 0, or null for no clipping", lambda v: v > 0),
-    "clip_anneal_share": (False, "greater than 0 and at most 1", lambda v: 0 < v <= 1),
-}
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    # Unlike math.isfinite, this takes integers that no float holds.
-    return -sys.float_info.max <= value <= sys.float_info.max
-
-
-def _validate(scheme: AnalogScheme) -> None:
-    def fail(name: str, allowed: str, write: str) -> None:
-        given = getattr(scheme, name)
-        raise SchemeError(
-            f"{name} is {shown(given)}, but must be {allowed}; write {name}: {write}."
-        )
-
-    defaults = {field.name: field.default for field in dataclasses.fields(AnalogScheme)}
-    for name, choices in _CHOICES.items():
-        if getattr(scheme, name) not in choices:
-            fail(name, "one of " + ", ".join(choices), choices[0])
-    for name in _BITS:
-        bits = getattr(scheme, name)
-        if bits is None:
-            continue
-        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 16:
-            fail(name, "a whole number from 2 to 16, or null to switch it off", "8")
-    for name in _COUNTS:
-        count = getattr(scheme, name)
-        if count is None and name != "range_init_batches":
-            continue
-        whole = isinstance(count, int) and not isinstance(count, bool)
-        if not whole or not 1 <= count <= _LARGEST_COUNT:
-            null = "" if name == "range_init_batches" else ", or null for one tile"
-            allowed = f"a whole number from 1 to {_LARGEST_COUNT}{null}"
-            fail(name, allowed, "512" if null else "16")
-    for name, (optional, allowed, test) in _NUMBERS.items():
-        value = getattr(scheme, name)
-        if value is None and optional:
-            continue
-        if not _is_number(value) or not test(value):
-            fail(name, f"a number {allowed}", str(defaults[name]))
-    if not isinstance(scheme.range_init_in_training, bool):
-        fail("range_init_in_training", "true or false", "false")
-    if scheme.range_init_in_training and scheme.range_init != "std":
-        fail("range_init_in_training", "false unless range_init is std", "false")
-    if not isinstance(scheme.tie_ranges, tuple) or not all(
-        isinstance(group, tuple) and len(group) > 1 and all(isinstance(n, str) for n in group)
-        for group in scheme.tie_ranges
-    ):
-        fail("tie_ranges", "a list of groups of at least two names", "[[q_proj, k_proj, v_proj]]")
-    if scheme.output_bits is not None and scheme.input_bits is None:
-        fail("output_bits", "null where input_bits is null (the ADC is scaled by the DAC)", "null")
-    for name in ("prefix", "rescale", "overrides"):
-        if getattr(scheme, name) != defaults[name]:
-            write = "null" if defaults[name] is None else "[]"
-            fail(name, "left out: it is reserved for a later version", write)
+def _frozen(overrides: Any) -> Any:
+    """Mappings and lists, as files hold them, to tuples of pairs."""
+    if isinstance(overrides, Mapping):
+        overrides = tuple(overrides.items())
+    if not isinstance(overrides, (list, tuple)):
+        return overrides
+    pairs = (tuple(pair) if isinstance(pair, list) else pair for pair in overrides)
+    return tuple(
+        (pair[0], tuple(pair[1].items()))
+        if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Mapping)
+        else pair
+        for pair in pairs
+    )

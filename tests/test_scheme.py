@@ -16,7 +16,7 @@ positive = st.floats(1e-6, 1e6)
 fields = {
     "input_bits": st.integers(2, 16),
     "input_range": st.sampled_from(["learned", "static", "dynamic"]),
-    "range_init": st.sampled_from(["std", "max", "percentile", "mse"]),
+    "range_init": st.sampled_from(["std", "max", "percentile", "mse", "output"]),
     "range_init_std": positive,
     "range_init_batches": st.integers(1, 10**6),
     "range_percentile": st.floats(1e-6, 100),
@@ -24,7 +24,7 @@ fields = {
     "range_min_percentage": st.floats(0, 1),
     "range_gradient": st.sampled_from(["paper", "lsq"]),
     "output_bits": bits,
-    "out_bound": positive,
+    "out_bound": st.one_of(st.none(), positive),
     "adc_bound": st.sampled_from(["clean", "noisy"]),
     "weight_noise": st.floats(0, 0.99),
     "weight_bits": bits,
@@ -33,6 +33,12 @@ fields = {
     "clip_anneal_share": st.floats(1e-6, 1),
     "tile_rows": st.one_of(st.none(), st.integers(1, 5000)),
     "tile_columns": st.one_of(st.none(), st.integers(1, 5000)),
+    "prefix": st.sampled_from([None, 1, (5,), (0, 7, 2)]),
+    "rescale": st.sampled_from([None, "noise-aware"]),
+    "digital_share": st.floats(0, 0.99),
+    "overrides": st.sampled_from(
+        [(), (("down_proj", "digital"),), (("*.0.*", (("input_bits", 6),)), ("a", "digital"))]
+    ),
     "tie_ranges": st.sampled_from([(), (("q_proj", "k_proj"),), (("a", "b"), ("c", "d", "e"))]),
 }
 schemes = st.one_of(
@@ -118,7 +124,7 @@ def test_tiles_are_balanced_and_cover_all_rows(features, rows):
         ("clip_schedule", "linear"),
         ("tie_ranges", (("alone",),)),
         ("tie_ranges", "q_proj"),
-        ("prefix", 1),
+        ("prefix", 2),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(field, value):

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from analog_plugin.layers import analog_layers
+from analog_plugin.layers import analog_layers, model_scheme
+from analog_plugin.scheme import AnalogScheme
 
 _TITLES = {"perplexity": "perplexity", "kl": "KL to the original (nats)", "agreement": "top-1"}
 
@@ -75,7 +76,7 @@ def _figure(mean: float, std: float) -> str:
 def model_card(model: Any, profile: str, result: Any | None) -> str:
     """The text of the checkpoint's ``README.md``."""
     layers = dict(analog_layers(model))
-    scheme = next(iter(layers.values())).scheme
+    scheme = model_scheme(model)
     base = getattr(model.config, "_name_or_path", "") or type(model).__name__
     weights = sum(layer.weight.numel() for layer in layers.values())
     head = [
@@ -92,13 +93,30 @@ def model_card(model: Any, profile: str, result: Any | None) -> str:
         "",
         f"- inputs: {_bits(scheme.input_bits)}, range {scheme.input_range}",
         f"- outputs: {_bits(scheme.output_bits)}, one bound for the whole model "
-        f"({scheme.out_bound:g} × input range × column maximum)",
+        f"({_number(scheme.out_bound)} × input range × column maximum)",
         f"- tiles: {scheme.tile_rows or 'whole layer'} rows",
         f"- training noise: {scheme.weight_noise:g} of the column maximum; clipping: "
         f"{scheme.clip_sigma or 'none'} σ ({scheme.clip_schedule})",
+        *_start(scheme),
         "",
     ]
     return "\n".join([*head, *_usage(profile), *_measured(result), *_limits(model, profile)]) + "\n"
+
+
+def _start(scheme: AnalogScheme) -> list[str]:
+    lines = []
+    if scheme.prefix is not None:
+        lines.append("- digital prefix: keys and values of the first token, in full precision")
+    if scheme.rescale is not None:
+        lines.append(f"- rescaling of channels: {scheme.rescale}")
+    digital = [pattern for pattern, change in scheme.overrides if change == "digital"]
+    if digital:
+        lines.append(f"- digital all the same: {', '.join(digital)}")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
 
 
 def _bits(bits: int | None) -> str:
@@ -129,7 +147,12 @@ def _measured(result: Any | None) -> list[str]:
 def _limits(model: nn.Module, profile: str) -> list[str]:
     layers = [layer for _, layer in analog_layers(model)]
     lines = ["## Limits", ""]
-    if any(len(layer.tiles) > 1 for layer in layers):
+    if any(layer.plain_range is not None for layer in layers):
+        lines.append(
+            "- Plain loaders know no digital prefix: one input range a layer, the first token's "
+            "massive activations in it, is written for them, which costs accuracy."
+        )
+    elif any(len(layer.tiles) > 1 for layer in layers):
         lines.append(
             "- Plain loaders know one input range a layer: the largest of its tiles is written for "
             "them, which costs accuracy against the analog model's range per tile."

@@ -20,6 +20,7 @@ from analog_plugin.checkpoint.layout import (
 )
 from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.layers import analog_layers, convert_to_analog
+from analog_plugin.layers.prefix import Prefix, install_prefix, prefix_shapes, prefix_tokens
 from analog_plugin.noise import resolve_noise
 from analog_plugin.pretrained import load_causal_lm, read_model_config
 
@@ -116,6 +117,11 @@ def _restore_analog(
                 f"the model has them ({has}); export the checkpoint again."
             )
     expected = {f"{name}.input_range": [len(layer.tiles)] for name, layer in layers.items()}
+    prefix = analog.scheme.prefix
+    if prefix is not None:
+        expected |= prefix_shapes(model, len(prefix_tokens(model, prefix)))
+    if any(name.endswith(".plain_range") for name in state):
+        expected |= {f"{name}.plain_range": [1] for name in layers}
     found = {name: list(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name) or state[name].dtype != torch.float32:
@@ -125,6 +131,9 @@ def _restore_analog(
             )
     for name, layer in layers.items():
         layer.set_input_range(state[f"{name}.input_range"])
+        layer.plain_range = state.get(f"{name}.plain_range")
+    if prefix is not None:
+        install_prefix(model, Prefix.from_tensors(state) or ())
 
 
 def _tensor(shape: list[int] | None) -> str:

@@ -8,27 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analog_plugin.errors import AnalogError
 from analog_plugin.layers import AnalogConv1D, analog_layers
+from analog_plugin.layers.prefix import installed_prefix, remove_prefix
 from analog_plugin.scheme import FUSED_GROUPS
 
 
 def plain_quantizes_inputs(model: nn.Module) -> bool:
     """Whether plain loaders are told to quantize inputs.
 
-    Not where the analog model has no DAC, nor where a layer is a ``Conv1D``, which
-    compressed-tensors leaves alone.
+    Not where the analog model has no DAC or DACs of several resolutions, nor where a layer is a
+    ``Conv1D``, which compressed-tensors leaves alone.
     """
     layers = [layer for _, layer in analog_layers(model)]
-    with_dac = layers[0].scheme.input_levels is not None
-    return with_dac and not any(isinstance(layer, AnalogConv1D) for layer in layers)
+    bits = {layer.scheme.input_bits for layer in layers}
+    one_dac = len(bits) == 1 and None not in bits
+    return one_dac and not any(isinstance(layer, AnalogConv1D) for layer in layers)
 
 
 def plain_input_scales(model: nn.Module) -> dict[str, Tensor]:
     """One scale [1] for each analog layer: its largest tile range over the DAC's levels.
 
     Plain loaders know one range a layer, and serving engines one for each fused group (q/k/v,
-    gate/up), so the largest range of a group stands for all of it. Empty where inputs are not
-    quantized, or each token by its own maximum.
+    gate/up), so the largest range of a group stands for all of it. They know no digital prefix
+    either: with one, the range is ``plain_range``, which holds the first token too. Empty where
+    inputs are not quantized, or each token by its own maximum.
+
+    Raises:
+        AnalogError: The model has a prefix, and its plain ranges were not calibrated.
     """
     layers = dict(analog_layers(model))
     dynamic = next(iter(layers.values())).scheme.input_range == "dynamic"
@@ -37,7 +44,15 @@ def plain_input_scales(model: nn.Module) -> dict[str, Tensor]:
     ranges: dict[str, Tensor] = {}
     groups: dict[tuple[str, int], list[str]] = {}
     for name, layer in layers.items():
-        ranges[name] = layer.input_range.detach().max().reshape(1)
+        if layer.plain_range is not None:
+            ranges[name] = layer.plain_range
+        elif installed_prefix(model) is None:
+            ranges[name] = layer.input_range.detach().max().reshape(1)
+        else:
+            raise AnalogError(
+                "The model has a digital prefix, which plain loaders do not know; call "
+                "calibrate_plain_ranges(model, batches) before it is saved."
+            )
         parent, _, last = name.rpartition(".")
         for index, group in enumerate(FUSED_GROUPS):
             if last in group:
@@ -98,6 +113,7 @@ def plain_view(model: nn.Module, weight_bits: int | None = None) -> nn.Module:
     """
     scales, quantized = plain_input_scales(model), plain_quantizes_inputs(model)
     copied: Any = copy.deepcopy(model)
+    remove_prefix(copied)
     for name, layer in list(analog_layers(copied)):
         linear = layer.to_linear()
         if weight_bits is not None:

@@ -16,7 +16,8 @@ from analog_plugin.checkpoint.plain import (
     quantize_rows,
 )
 from analog_plugin.errors import AnalogError
-from analog_plugin.layers import AnalogConv1D, analog_layers
+from analog_plugin.layers import AnalogConv1D, analog_layers, model_scheme
+from analog_plugin.layers.prefix import installed_prefix
 
 #: State of analog layers that plain loaders do not know.
 _ANALOG_ONLY = ("input_range", "range_batches")
@@ -38,16 +39,26 @@ def write_analog_fp(model: Any, directory: Path) -> Mapping[str, Any]:
             state[f"{name}.input_scale"] = scale
         quantization = _quantization_config(model, "dense", None)
     _write_model(model, directory, state, quantization)
-    ranges = {f"{n}.input_range": layer.input_range.detach().clone() for n, layer in layers.items()}
     (directory / STATE_FILE).parent.mkdir(exist_ok=True)
-    save_file(ranges, directory / STATE_FILE)
+    save_file(analog_state(model), directory / STATE_FILE)
     return {
         "version": VERSION,
         "profile": "analog-fp",
-        "scheme": next(iter(layers.values())).scheme.to_dict(),
+        "scheme": model_scheme(model).to_dict(),
         "tiles": {name: layer.tiles for name, layer in layers.items()},
         "state": {"file": STATE_FILE, "sha256": sha256_of(directory / STATE_FILE)},
     }
+
+
+def analog_state(model: Any) -> dict[str, Tensor]:
+    """What only the analog model has: ranges [K] and the digital prefix, fp32, by name."""
+    state: dict[str, Tensor] = {}
+    for name, layer in analog_layers(model):
+        state[f"{name}.input_range"] = layer.input_range.detach().clone()
+        if layer.plain_range is not None:
+            state[f"{name}.plain_range"] = layer.plain_range.clone()
+    prefix = installed_prefix(model)
+    return state if prefix is None else state | prefix.to_tensors()
 
 
 def check_w8a8(model: nn.Module) -> None:
@@ -62,12 +73,13 @@ def check_w8a8(model: nn.Module) -> None:
             f"{type(model).__name__} has Conv1D layers, which compressed-tensors does not "
             "quantize; write profile: analog-fp."
         )
-    scheme = layers[0].scheme
-    if scheme.input_bits != 8 or scheme.input_range == "dynamic":
-        raise AnalogError(
-            f"The profile w8a8 needs static 8-bit inputs, but the scheme has input_bits "
-            f"{scheme.input_bits} and input_range {scheme.input_range}; write profile: analog-fp."
-        )
+    for scheme in (layer.scheme for layer in layers):
+        if scheme.input_bits != 8 or scheme.input_range == "dynamic":
+            raise AnalogError(
+                "The profile w8a8 needs static 8-bit inputs, but the scheme has input_bits "
+                f"{scheme.input_bits} and input_range {scheme.input_range}; write profile: "
+                "analog-fp."
+            )
 
 
 def write_w8a8(model: Any, directory: Path) -> None:

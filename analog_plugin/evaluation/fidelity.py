@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from analog_plugin.layers.prefix import repeated_positions
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.progress import progress_bar
 from analog_plugin.training.hidden import HiddenStates
@@ -51,6 +52,8 @@ def fidelity(
 ) -> Mapping[str, float]:
     """Metrics of ``model`` on ``tokens`` [N, S], over every next-token prediction.
 
+    What a digital prefix predicts, where the tokens begin with it, is left out.
+
     Returns:
         ``perplexity`` (exp of the mean negative log-likelihood); with a reference also ``kl``
         (mean KL(reference ‖ model), nats per token) and ``agreement`` (share of positions at which
@@ -63,12 +66,14 @@ def fidelity(
     for start in range(0, tokens.shape[0], batch_size):
         batch = tokens[start : start + batch_size].to(device)
         hidden = states(input_ids=batch)
+        repeated = repeated_positions(model, batch)
         for row in range(batch.shape[0]):  # one row's logits at a time
-            logits = states.head(hidden[row, :-1]).float()
-            nll += float(F.cross_entropy(logits, batch[row, 1:], reduction="sum"))
+            first = 0 if repeated is None else int(repeated[row].sum())
+            logits = states.head(hidden[row, first:-1]).float()
+            nll += float(F.cross_entropy(logits, batch[row, first + 1 :], reduction="sum"))
             count += logits.shape[0]
             if reference is not None:
-                goal = reference.logits(slice(start + row, start + row + 1), slice(0, -1))[0]
+                goal = reference.logits(slice(start + row, start + row + 1), slice(first, -1))[0]
                 kl += float(kl_divergence(logits, goal.to(logits.device)).double().sum())
                 agree += int((logits.argmax(-1) == goal.argmax(-1).to(logits.device)).sum())
     result = {"perplexity": math.exp(min(nll / count, 700.0)) if count else math.nan}

@@ -6,10 +6,11 @@ from analog_plugin.layers.convert import (
     analog_layers,
     convert_to_analog,
     digital_layers,
+    keep_digital,
     to_digital,
 )
 from analog_plugin.layers.linear import AnalogLinear
-from analog_plugin.layers.state import ForwardState, forward_state
+from analog_plugin.layers.state import ForwardState, forward_state, model_scheme
 
 __all__ = [
     "AnalogConv1D",
@@ -20,5 +21,7 @@ __all__ = [
     "convert_to_analog",
     "digital_layers",
     "forward_state",
+    "keep_digital",
+    "model_scheme",
     "to_digital",
 ]

@@ -26,6 +26,7 @@ class AnalogLayer(nn.Module):
         input_range: λ [n_tiles], an fp32 Parameter that stays fp32 when the model is cast.
         programmed_weight: [out, in] weights as programmed onto devices, or None.
         programmed_maximum: [K, out] column maxima that scale the ADC of programmed weights.
+        plain_range: [1] range that plain loaders are given, or None: the largest tile's.
         name: The layer's name in its model; keys its noise.
         digital: While true there are neither converters nor training noise: a plain linear layer,
             with the programmed weights if there are any.
@@ -42,6 +43,7 @@ class AnalogLayer(nn.Module):
     input_range: nn.Parameter
     programmed_weight: Tensor | None
     programmed_maximum: Tensor | None
+    plain_range: Tensor | None
 
     def _become_analog(self, scheme: AnalogScheme, in_features: int) -> None:
         self.scheme = scheme
@@ -53,6 +55,7 @@ class AnalogLayer(nn.Module):
         )
         self.register_buffer("programmed_weight", None, persistent=False)
         self.register_buffer("programmed_maximum", None, persistent=False)
+        self.register_buffer("plain_range", None, persistent=False)
         counts = torch.zeros(len(self.tiles), 2, dtype=torch.int64, device=device)
         self.register_buffer("clip_counts", counts, persistent=False)
         self.register_buffer("range_batches", torch.zeros((), dtype=torch.int64, device=device))
@@ -152,6 +155,11 @@ class AnalogLayer(nn.Module):
             raise AnalogError(
                 f"The input ranges of {self.name or 'this layer'} were never set; call "
                 "calibrate_ranges(model, batches) or layer.set_input_range(values) first."
+            )
+        if self.scheme.output_bits is not None and self.scheme.out_bound is None:
+            raise AnalogError(
+                f"The ADC's bound of {self.name or 'this layer'} was never chosen; call "
+                "choose_out_bound(model, tokens), or give the scheme an out_bound."
             )
 
     def share_range(self, owner: AnalogLayer) -> None:

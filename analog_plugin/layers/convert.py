@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
 
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers.base import AnalogLayer
-from analog_plugin.layers.state import ForwardState
+from analog_plugin.layers.state import ForwardState, forward_state, model_scheme
+from analog_plugin.patterns import matches
 from analog_plugin.scheme import AnalogScheme
 
 
@@ -27,7 +27,7 @@ def convert_to_analog(
 
     Args:
         model: Any model with linear layers.
-        scheme: The analog scheme of all converted layers.
+        scheme: The analog scheme of all converted layers, but for its ``overrides``.
         ignore: Modules that stay digital: full names, last parts of names (``"lm_head"``) or
             patterns (``"*.down_proj"``).
         targets: Class names, or names and patterns as in ``ignore``, of the modules to convert.
@@ -36,8 +36,9 @@ def convert_to_analog(
         The same model.
 
     Raises:
-        AnalogError: A name in ``ignore`` or ``targets`` matches nothing, no layer is left, the
-            model was already converted, or a layer to convert is tied to an embedding.
+        AnalogError: A name in ``ignore``, ``targets`` or the scheme's ``overrides`` matches
+            nothing, no layer is left, the model was already converted, or a layer to convert is
+            tied to an embedding.
     """
     from analog_plugin.plugins import layer_types
 
@@ -53,12 +54,13 @@ def convert_to_analog(
             "with nn.Linear or Conv1D layers."
         )
     _check_patterns(ignore, [name for given in names.values() for name in given], "ignore")
-    chosen = [
-        module
+    chosen = {
+        module: own
         for module in candidates
         if any(_is_target(module, names[module], target) for target in targets)
         and not any(matches(name, pattern) for name in names[module] for pattern in ignore)
-    ]
+        and (own := scheme.for_layer(names[module][0])) is not None
+    }
     if not chosen:
         raise AnalogError(
             f"No layer is left to convert: targets {list(targets)}, ignore {list(ignore)}; the "
@@ -67,10 +69,11 @@ def convert_to_analog(
     classes = {base.__name__ for digital in known for base in digital.__mro__}
     convertible = [name for module in candidates for name in names[module]]
     _check_patterns([target for target in targets if target not in classes], convertible, "targets")
-    _refuse_tied_embeddings(chosen, names)
-    state = ForwardState()
-    for digital in chosen:
-        analog = _replace(model, digital, names[digital], candidates[digital].convert, scheme)
+    _check_patterns([pattern for pattern, _ in scheme.overrides], convertible, "overrides")
+    _refuse_tied_embeddings(list(chosen), names)
+    state = ForwardState(scheme=scheme)
+    for digital, own in chosen.items():
+        analog = _replace(model, digital, names[digital], candidates[digital].convert, own)
         analog.name, analog.state = names[digital][0], state
     _tie_ranges(model, scheme)
     model.register_forward_pre_hook(state.watch, with_kwargs=True)
@@ -83,16 +86,39 @@ def to_digital(model: nn.Module) -> nn.Module:
     Raises:
         AnalogError: The model has no analog layer.
     """
-    names = _names(model)
-    layers = [module for module in names if isinstance(module, AnalogLayer)]
+    layers = [layer for _, layer in analog_layers(model)]
     if not layers:
         raise AnalogError("The model has no analog layer; there is nothing to convert back.")
-    for layer in layers:
-        _replace(model, layer, names[layer], type(layer).to_linear)
+    _back(model, layers)
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(getattr(hook, "__self__", None), ForwardState):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    return model
+
+
+def keep_digital(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Replace the analog layers called ``names`` by plain ones, and note it in the model's scheme.
+
+    Raises:
+        AnalogError: A name is no analog layer's, or no analog layer would be left.
+    """
+    layers = dict(analog_layers(model))
+    for name in names:
+        if name not in layers:
+            raise AnalogError(f"{name!r} is no analog layer of the model.")
+    if len(set(names)) == len(layers):
+        raise AnalogError("No analog layer would be left; keep fewer layers digital.")
+    scheme = model_scheme(model)
+    overrides = (*scheme.overrides, *((name, "digital") for name in names))
+    forward_state(model).scheme = scheme.replace(overrides=overrides)
+    _back(model, [layers[name] for name in names])
+    left = [layer for _, layer in analog_layers(model)]
+    owned = {id(layer.input_range) for layer in left if layer.owns_range}
+    for layer in left:  # whose owner went: the first of each group takes over
+        if id(layer.input_range) not in owned:
+            layer.owns_range = True
+            owned.add(id(layer.input_range))
     return model
 
 
@@ -116,14 +142,10 @@ def digital_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
             layer.digital = digital
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a module's name is, ends in, or fits ``pattern``.
-
-    Example:
-        >>> matches("model.layers.0.mlp.down_proj", "down_proj")
-        True
-    """
-    return name == pattern or name.endswith("." + pattern) or fnmatch(name, pattern)
+def _back(model: nn.Module, layers: Sequence[Any]) -> None:
+    names = _names(model)
+    for layer in layers:
+        _replace(model, layer, names[layer], type(layer).to_linear)
 
 
 def _names(model: nn.Module) -> dict[Any, list[str]]:
@@ -165,7 +187,7 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str], argument: str
         if not any(matches(name, pattern) for name in names):
             last = sorted({name.rsplit(".", 1)[-1] for name in names})
             shown = ", ".join(part for part in last if not part.isdigit()) or names[0]
-            kind = "linear layer" if argument == "targets" else "module"
+            kind = "module" if argument == "ignore" else "linear layer"
             raise AnalogError(
                 f"{argument} names {pattern!r}, which matches no {kind} of the model; its {kind}s "
                 f"are called {shown}."

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analog_plugin.layers.prefix import repeated_positions
+from analog_plugin.scheme import AnalogScheme
+
 
 class ForwardState:
     """Shared by all analog layers of a model.
 
     Args:
         seed: Seed of the training noise; None: noise comes from torch's global generator.
+        scheme: The model's; layers may have others by its ``overrides``.
 
     Attributes:
         seed: As above. Setting it begins a run, even with the same seed: steps of another run are
@@ -23,14 +27,18 @@ class ForwardState:
             function of (seed, layer, step, micro-batch) alone, so that the same seed gives the same
             draws on any number of processes and in the recomputation of gradient checkpointing.
         attention_mask: [B, S] mask of the running forward, or None.
+        repeated: [B, S] bool, the tokens of the running forward that are the digital prefix, or
+            None.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, scheme: AnalogScheme | None = None) -> None:
+        self.scheme = scheme
         self.run = 0
         self.seed = seed
         self.step = 0
         self.micro_batch = 0
         self.attention_mask: Tensor | None = None
+        self.repeated: Tensor | None = None
 
     @property
     def seed(self) -> int | None:
@@ -50,20 +58,28 @@ class ForwardState:
         return keyed_generator(key, device)
 
     def row_mask(self, x: Tensor) -> Tensor | None:
-        """[T] bool mask of the tokens of ``x`` [B, S, in] that are not padding."""
-        mask = self.attention_mask
-        if mask is None or mask.dim() != 2 or x.dim() != 3 or mask.shape[0] != x.shape[0]:
-            return None
-        if mask.shape[1] < x.shape[1]:
-            return None
-        return mask[:, -x.shape[1] :].reshape(-1).bool()
+        """[T] bool mask of the tokens of ``x`` [B, S, in] that count: no padding and no prefix."""
+        masks = [self.attention_mask, None if self.repeated is None else ~self.repeated]
+        found = None
+        for mask in masks:
+            if mask is None or mask.dim() != 2 or x.dim() != 3 or mask.shape[0] != x.shape[0]:
+                continue
+            if mask.shape[1] < x.shape[1]:
+                continue
+            rows = mask[:, -x.shape[1] :].reshape(-1).bool()
+            found = rows if found is None else found & rows
+        return found
 
     def watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: note the attention mask for the layers below."""
+        """Forward pre-hook of the model: note for the layers below which tokens do not count."""
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
             mask = args[1]
         self.attention_mask = mask if isinstance(mask, Tensor) else None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.repeated = None
+        if isinstance(ids, Tensor) and kwargs.get("past_key_values") is None:
+            self.repeated = repeated_positions(module, ids, self.attention_mask)
 
 
 def keyed_generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -72,6 +88,17 @@ def keyed_generator(key: str, device: torch.device | str = "cpu") -> torch.Gener
     generator = torch.Generator(device)
     generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
     return generator
+
+
+def model_scheme(model: nn.Module) -> AnalogScheme:
+    """The scheme of a converted model, of which layers may be exceptions by its ``overrides``.
+
+    Raises:
+        AnalogError: The model has no analog layer.
+    """
+    scheme = forward_state(model).scheme
+    assert scheme is not None  # convert_to_analog gives it
+    return scheme
 
 
 def forward_state(model: nn.Module) -> ForwardState:

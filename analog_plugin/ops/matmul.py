@@ -129,6 +129,7 @@ class _AnalogMatmul(torch.autograd.Function):
         for k, (start, end) in enumerate(context.bounds):
             block = inputs[:, start:end] @ noisy[:, start:end].t()
             if scheme.output_bits is not None:
+                assert scheme.out_bound is not None  # a layer refuses to run without
                 block, mask = _convert_outputs(block, column_max[k], full, scheme, training)
                 saturated.append(mask)
                 step = scheme.out_bound * scheme.input_levels / scheme.output_levels
@@ -262,6 +263,7 @@ def _convert_outputs(
     Also returns the mask of saturated ones, or None where there is none.
     """
     assert scheme.input_levels is not None and scheme.output_levels is not None
+    assert scheme.out_bound is not None
     levels = scheme.output_levels
     unit = column_max.float() * (scheme.out_bound * scheme.input_levels / levels / full)
     inverse = torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)

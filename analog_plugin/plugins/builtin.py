@@ -20,10 +20,11 @@ def analog_noise_models() -> Iterable[NoiseModel]:
 
 @hookimpl
 def analog_presets() -> Iterable[Preset]:
-    """The paper's recipe and the digital baseline."""
-    from analog_plugin.presets import AFM, DIGITAL_SI8_W4
+    """The paper's recipe, ours, and the digital baseline."""
+    from analog_plugin.presets import AFM, AFM_PLUS, DIGITAL_SI8_W4
 
     yield Preset("AFM", lambda: AFM, "the recipe of 'Analog Foundation Models'")
+    yield Preset("AFM_PLUS", lambda: AFM_PLUS, "AFM from a better start, for short budgets")
     yield Preset("DIGITAL_SI8_W4", lambda: DIGITAL_SI8_W4, "LLM-QAT-style 4-bit weights")
 
 

@@ -91,7 +91,7 @@ class Evaluator:
     """A group of metrics of a model on tokens.
 
     Args:
-        name: Name in recipes and commands.
+        name: Name for ``evaluate_noise(..., evaluators=[...])``.
         evaluate: Called as ``evaluate(model, tokens, reference, batch_size)`` with tokens [N, S]
             and a :class:`~analog_plugin.evaluation.Reference` or None; returns metrics by name.
         summary: One line for help texts.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from analog_plugin.data import evaluation_tokens, generate_dataset, load_tokens
@@ -19,11 +20,14 @@ from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.fidelity import Reference
 from analog_plugin.evaluation.noise import NoiseReport, evaluate_noise
 from analog_plugin.layers import analog_layers, convert_to_analog, to_digital
+from analog_plugin.layers.prefix import install_prefix, prefix_tokens, remove_prefix
+from analog_plugin.noise import resolve_noise
 from analog_plugin.plugins import exporters, lookup
 from analog_plugin.presets import resolve_scheme
 from analog_plugin.recipe import AnalogRecipe, split_training
-from analog_plugin.training.ranges import calibrate_ranges
+from analog_plugin.training.ranges import calibrate_plain_ranges
 from analog_plugin.training.run import TrainingRun, rehearse_training, run_training
+from analog_plugin.training.start import prepare_start
 
 
 @dataclass
@@ -35,7 +39,8 @@ class AnalogResult:
         recipe: The settings in force.
         reports: Measurements by name: ``"original, digital"`` (converters off; under noise: the
             noise alone), ``"original"`` (calibrated, untrained), ``"analog-trained"``.
-        training: Steps, tokens, seeds, times in seconds, package versions, loss history.
+        training: Steps, tokens, seeds, times in seconds, package versions, loss history, and under
+            ``start`` what :func:`~analog_plugin.training.start.prepare_start` did.
     """
 
     model: nn.Module
@@ -77,17 +82,24 @@ def train_analog(
         rehearse_training(model, recipe)
     # The teacher keeps the original weights; it is never saved.
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    convert_to_analog(model, resolve_scheme(recipe.scheme), recipe.ignore, recipe.targets)
-    with _digital_again_on_error(model):
+    scheme = resolve_scheme(recipe.scheme)
+    start: dict[str, Any] = {}
+    convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
+    with _digital_again_on_error(model, teacher):
         lookup(exporters(), recipe.deploy.profile, "deploy profile").check(model)
         with _timed(times, "data"):
             rows = _training_tokens(teacher, recipe, tokenizer, dataset)
-        if not (train and tokens is None and resolve_scheme(recipe.scheme).range_init_in_training):
-            with _timed(times, "calibration"):
-                _calibrate(model, rows, recipe)
+        if scheme.prefix is not None:
+            install_prefix(model, install_prefix(teacher, prefix_tokens(teacher, scheme.prefix)))
         with _timed(times, "evaluation"):
             measure = _Measurement(teacher, result, tokens)
             measure("original, digital", converters=False)
+        batches, held_out = _calibration_batches(model, rows, recipe)
+        if not (train and tokens is None and scheme.range_init_in_training):
+            with _timed(times, "calibration"):
+                noise = resolve_noise(recipe.calibration.noise)
+                start = prepare_start(model, batches, held_out, noise)
+        with _timed(times, "evaluation"):
             measure("original")
     if train:
         with _timed(times, "training"):
@@ -95,6 +107,9 @@ def train_analog(
         with _timed(times, "evaluation"):
             measure("analog-trained")
     model.eval()
+    if scheme.prefix is not None:
+        with _timed(times, "calibration"):
+            calibrate_plain_ranges(model, batches)
     layers = dict(analog_layers(model))
     result.training = {
         "steps": run.steps,
@@ -105,6 +120,7 @@ def train_analog(
         "seed": recipe.seed,
         "analog_layers": len(layers),
         "analog_weights": sum(layer.weight.numel() for layer in layers.values()),
+        "start": start,
         "seconds": {name: round(value, 1) for name, value in times.items()},
         "versions": _versions(),
         "loss_history": run.history,
@@ -183,11 +199,16 @@ def _training_tokens(
     return rows
 
 
-def _calibrate(model: nn.Module, rows: Tensor, recipe: AnalogRecipe) -> None:
+def _calibration_batches(
+    model: nn.Module, rows: Tensor, recipe: AnalogRecipe
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Batches for calibration, and the rows behind them (the last ones where none are left)."""
     size = split_training(recipe.training)[1].get("per_device_train_batch_size", 8)
-    batches = rows.split(size)[: resolve_scheme(recipe.scheme).range_init_batches]
     device = next(model.parameters()).device
-    calibrate_ranges(model, ({"input_ids": b.to(device)} for b in batches), len(batches))
+    batches = rows.split(size)[: resolve_scheme(recipe.scheme).range_init_batches]
+    rest = rows[sum(map(len, batches)) :]
+    held_out = rest if len(rest) else rows[-size:]
+    return [{"input_ids": batch.to(device)} for batch in batches], held_out
 
 
 def _versions() -> dict[str, str]:
@@ -217,10 +238,14 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _digital_again_on_error(model: nn.Module) -> Iterator[None]:
+def _digital_again_on_error(model: nn.Module, original: nn.Module) -> Iterator[None]:
     """What fails in the block leaves ``model`` as it was before its conversion."""
     try:
         yield
     except BaseException:
+        remove_prefix(model)
         to_digital(model)
+        with torch.no_grad():  # rescaling may have been folded in
+            for parameter, kept in zip(model.parameters(), original.parameters(), strict=True):
+                parameter.copy_(kept)
         raise

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import analog_layers, digital_layers
 from analog_plugin.layers.base import RANGE_FLOOR
+from analog_plugin.layers.observe import observed
+from analog_plugin.layers.prefix import install_prefix, installed_prefix, remove_prefix
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.ops.histogram import MagnitudeHistogram
 from analog_plugin.progress import progress_bar
@@ -50,7 +51,8 @@ def calibrate_ranges(
     if not histograms:
         return {}
     count = 0
-    with evaluation_mode(model), digital_layers(model), _observed(layers, histograms):
+    observers = {name: histogram.update for name, histogram in histograms.items()}
+    with evaluation_mode(model), digital_layers(model), observed(layers, observers):
         for batch in progress_bar(batches, desc="Calibrating input ranges", total=total):
             model(**batch, use_cache=False)
             count += 1
@@ -72,6 +74,34 @@ def calibrate_ranges(
     return {name: layers[name].input_range.detach().clone() for name in histograms}
 
 
+@torch.no_grad()
+def calibrate_plain_ranges(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    """Find one range a layer for plain loaders, which know neither tiles nor a digital prefix.
+
+    The first token's massive activations are in it: the analog ranges, without them, would clip
+    them and break the model. Least squared error, into ``plain_range`` of each layer.
+    """
+    layers = dict(analog_layers(model))
+    histograms = {
+        name: MagnitudeHistogram([layer.in_features], layer.weight.device)
+        for name, layer in layers.items()
+        if layer.scheme.input_levels is not None
+    }
+    prefix = installed_prefix(model)
+    remove_prefix(model)
+    try:
+        observers = {name: histogram.update for name, histogram in histograms.items()}
+        with evaluation_mode(model), digital_layers(model), observed(layers, observers):
+            for batch in progress_bar(batches, desc="Calibrating plain ranges"):
+                model(**batch, use_cache=False)
+    finally:
+        if prefix is not None:
+            install_prefix(model, prefix)
+    for name, histogram in histograms.items():
+        histogram.merge_processes()
+        layers[name].plain_range = histogram.range_mse(layers[name].scheme.input_levels)
+
+
 def pick_range(histogram: MagnitudeHistogram, scheme: AnalogScheme) -> Tensor:
     """Ranges [K] by the scheme's criterion, positive and finite."""
     if scheme.range_init == "std":
@@ -85,15 +115,3 @@ def pick_range(histogram: MagnitudeHistogram, scheme: AnalogScheme) -> Tensor:
         found = histogram.range_mse(scheme.input_levels)
     found = torch.where(found > 0, found, found.max())
     return found.clamp_min(RANGE_FLOOR)
-
-
-@contextlib.contextmanager
-def _observed(layers: dict[str, Any], histograms: dict[str, MagnitudeHistogram]) -> Iterator[None]:
-    """Within this context each layer's inputs go to its histogram."""
-    try:
-        for name, histogram in histograms.items():
-            layers[name].observer = histogram.update
-        yield
-    finally:
-        for name in histograms:
-            layers[name].observer = None

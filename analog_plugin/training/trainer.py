@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import analog_layers, forward_state
+from analog_plugin.layers.prefix import repeated_positions
 from analog_plugin.training.callback import AnalogCallback
 from analog_plugin.training.hidden import HiddenStates
 from analog_plugin.training.loss import distillation_loss
@@ -85,7 +86,7 @@ class AnalogTrainer(Trainer):
     ) -> Any:
         """KL to the teacher at every position that the masks let through."""
         inputs = dict(inputs)
-        targets, mask = _scored(inputs)
+        targets, mask = self._scored(inputs)
         inputs.pop("labels", None)
         with torch.no_grad():
             reference = self._teacher_states(None, **inputs)
@@ -150,7 +151,7 @@ class AnalogTrainer(Trainer):
         """Scored positions of one optimizer step, over all its micro-batches and processes."""
         if not batch_samples:
             return None
-        counts = [_scored(batch)[1].sum().to(device) for batch in batch_samples]
+        counts = [self._scored(batch)[1].sum().to(device) for batch in batch_samples]
         count = torch.stack(counts).sum()
         if self.args.average_tokens_across_devices:
             count = self.accelerator.gather(count).sum()
@@ -175,18 +176,20 @@ class AnalogTrainer(Trainer):
         for _, head in analog_layers(self._student_states.head):
             head.initialize_ranges(hidden, mask.reshape(-1))
 
-
-def _scored(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """The token that each position [B, S] predicts (-100 for none), and which are scored."""
-    tokens, labels = inputs["input_ids"], inputs.get("labels")
-    attention = inputs.get("attention_mask")
-    source = tokens if labels is None else labels
-    targets = torch.full_like(source, -100)
-    targets[:, :-1] = source[:, 1:]
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    if attention is not None:
-        mask &= attention.bool()
-        targets[:, :-1] = targets[:, :-1].masked_fill(attention[:, 1:] == 0, -100)
-    if labels is not None:
-        mask &= targets != -100
-    return targets, mask
+    def _scored(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The token that each position [B, S] predicts (-100 for none), and which are scored."""
+        tokens, labels = inputs["input_ids"], inputs.get("labels")
+        attention = inputs.get("attention_mask")
+        source = tokens if labels is None else labels
+        targets = torch.full_like(source, -100)
+        targets[:, :-1] = source[:, 1:]
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        if attention is not None:
+            mask &= attention.bool()
+            targets[:, :-1] = targets[:, :-1].masked_fill(attention[:, 1:] == 0, -100)
+        if labels is not None:
+            mask &= targets != -100
+        repeated = repeated_positions(self.teacher, tokens, attention)
+        if repeated is not None:  # what the digital prefix predicts is no analog layer's doing
+            mask &= ~repeated
+        return targets, mask

@@ -225,7 +225,7 @@ ANALOG = {
     "huge number": {"scheme": {"clip_sigma": 10**400}},
     "huge tile": {"scheme": {"tile_rows": 10**400}},
     "not a number": {"scheme": {"out_bound": float("nan")}},
-    "reserved": {"scheme": {"prefix": 1}},
+    "impossible prefix": {"scheme": {"prefix": 2}},
     "state as text": {"state": "analog/analog_state.safetensors"},
     "state in a parent": {"state": {"file": "../analog_state.safetensors", "sha256": "0" * 64}},
     "state by a detour": {

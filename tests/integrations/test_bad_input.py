@@ -68,7 +68,7 @@ SCHEMES = {
     "tile of 0 rows": {"tile_rows": 0},
     "fraction of a row": {"tile_rows": 1.5},
     "huge number": {"clip_sigma": 10**400},
-    "reserved field": {"rescale": "hadamard"},
+    "unknown rescaling": {"rescale": "hadamard"},
     "converter without its partner": {"input_bits": None},
 }
 

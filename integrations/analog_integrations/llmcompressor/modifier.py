@@ -46,7 +46,9 @@ class AnalogModifier(Modifier):
     scheme: str | dict[str, Any] = "AFM"
     targets: list[str] = Field(default_factory=lambda: ["Linear", "Conv1D"])
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    assignment: str | None = None
     data: dict[str, Any] = Field(default_factory=dict)
+    calibration: dict[str, Any] = Field(default_factory=dict)
     distillation: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] | None = Field(default_factory=dict)
     evaluation: dict[str, Any] | None = Field(default_factory=dict)

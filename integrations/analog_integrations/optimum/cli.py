@@ -22,12 +22,17 @@ examples:
   optimum-cli export analog --model meta-llama/Llama-3.2-1B-Instruct \\
       --recipe examples/recipes/afm-llama.yaml --dataset corpus.jsonl llama-analog
 
-recipes:
+a recipe (all fields are in docs/recipes.md):
   analog_stage:
     analog_modifiers:
       AnalogModifier:
-        scheme: {preset: AFM, tile_rows: 512}
+        scheme: {preset: AFM, tile_rows: 512, clip_sigma: 12.0, clip_schedule: anneal}
         training: {max_steps: 80, learning_rate: 5.0e-5}
+        evaluation: {noise: [pcm, pcm:1.5], seeds: 10}
+
+The output appears when all is done, whole; it holds a model card with the table of results.
+An error is one sentence and exit status 1, and nothing is written. Sampled tokens are kept in
+$ANALOG_PLUGIN_CACHE, $XDG_CACHE_HOME/analog-plugin or ~/.cache/analog-plugin.
 """
 
 
@@ -44,7 +49,7 @@ class AnalogExportCommand(BaseOptimumCLICommand):
         parser.description = _DESCRIPTION
         parser.epilog = _EPILOG
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.add_argument("output", type=Path, help="directory of the checkpoint")
+        parser.add_argument("output", type=Path, help="directory of the checkpoint, new or empty")
         parser.add_argument(
             "-m",
             "--model",
@@ -52,15 +57,25 @@ class AnalogExportCommand(BaseOptimumCLICommand):
             help="hub id, local directory, or demo:smollm2-135m-instruct",
         )
         parser.add_argument(
-            "--recipe", type=Path, required=True, help="llm-compressor recipe (YAML)"
+            "--recipe",
+            type=Path,
+            required=True,
+            help="llm-compressor recipe (YAML) with one AnalogModifier",
         )
         parser.add_argument(
             "--dataset",
-            help="training text instead of self-generated tokens: .txt, .jsonl, .parquet, a "
-            "datasets directory or a hub id",
+            help="training text instead of the recipe's data: .txt, .jsonl, .parquet, a datasets "
+            "directory or a hub id",
         )
-        parser.add_argument("--profile", help="deploy profile: analog-fp (default) or w8a8")
-        parser.add_argument("--seed", type=int, help="seed of training order and noise")
+        parser.add_argument(
+            "--profile",
+            help="deploy profile, analog-fp or w8a8 (default: the recipe's, else analog-fp)",
+        )
+        parser.add_argument(
+            "--seed",
+            type=int,
+            help="seed of the training's order and noise (default: the recipe's, else 0)",
+        )
         parser.add_argument(
             "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
         )
@@ -71,7 +86,9 @@ class AnalogExportCommand(BaseOptimumCLICommand):
             help="type of the trained weights (default: float32)",
         )
         parser.add_argument(
-            "--no-train", action="store_true", help="convert, calibrate and measure only"
+            "--no-train",
+            action="store_true",
+            help="convert, calibrate, measure and write, but do not train",
         )
         parser.add_argument(
             "--task", default="text-generation", choices=("text-generation",), help="the only task"

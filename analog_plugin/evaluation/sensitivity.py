@@ -1,0 +1,140 @@
+"""What each layer costs on analog hardware, and which ones to keep digital under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from analog_plugin.errors import AnalogError
+from analog_plugin.evaluation.fidelity import Reference, fidelity
+from analog_plugin.layers import analog_layers, digital_layers, forward_state
+from analog_plugin.modes import evaluation_mode
+from analog_plugin.noise import resolve_noise
+from analog_plugin.progress import progress_bar
+
+#: What of the hardware acts on the layers in question.
+PARTS = ("inputs", "outputs", "noise", "all")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """KL to the original when some layers alone are analog.
+
+    Args:
+        name: The layer, or the kind of layer (last part of the name).
+        part: ``"inputs"`` (DAC alone), ``"outputs"`` (ADC alone), ``"noise"`` (programming noise
+            alone) or ``"all"``.
+        kl: Nats per token.
+        share: Of the analog multiply-accumulates (0 to 1) that these layers do.
+    """
+
+    name: str
+    part: str
+    kl: float
+    share: float
+
+
+@dataclass
+class SensitivityReport:
+    """Rows of :func:`analyze_sensitivity`, most costly first within each part."""
+
+    rows: list[Sensitivity] = field(default_factory=list)
+
+    def kl(self, name: str, part: str = "all") -> float:
+        """The KL of one row."""
+        return next(row.kl for row in self.rows if (row.name, row.part) == (name, part))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+
+def analyze_sensitivity(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    by: str = "layer",
+    parts: Sequence[str] = ("all",),
+    noise: Any = "pcm",
+    seed: int = 0,
+    batch_size: int = 8,
+) -> SensitivityReport:
+    """Measure the KL to the digital model when one layer, or one kind of layer, alone is analog.
+
+    Args:
+        model: A model with analog layers and calibrated ranges; it is not changed.
+        tokens: [N, S] token ids.
+        by: ``"layer"``, or ``"kind"``: all layers with the same last part of their names.
+        parts: Which of the hardware's effects act; see :class:`Sensitivity`.
+        noise: Programming noise of the parts ``"noise"`` and ``"all"``; None: converters only.
+        seed: Seed of the programming.
+        batch_size: Rows evaluated together.
+
+    Raises:
+        AnalogError: The model is not analog, or ``by`` or a part is unknown.
+    """
+    forward_state(model)
+    if by not in ("layer", "kind"):
+        raise AnalogError(f"by is {by!r}, but must be layer or kind.")
+    for part in parts:
+        if part not in PARTS:
+            raise AnalogError(f"There is no part {part!r}; write one of {', '.join(PARTS)}.")
+    programming = resolve_noise(noise)
+    groups: dict[str, list[Any]] = {}
+    for name, layer in analog_layers(model):
+        groups.setdefault(name if by == "layer" else name.rpartition(".")[2], []).append(layer)
+    total = sum(layer.weight.numel() for _, layer in analog_layers(model))
+    rows = []
+    with evaluation_mode(model), digital_layers(model):
+        reference = Reference.of(model, tokens, batch_size)
+        cells = [(name, part) for part in parts for name in groups]
+        for name, part in progress_bar(cells, desc="Measuring sensitivity"):
+            layers = groups[name]
+            with _alone(layers, part, programming, seed):
+                kl = fidelity(model, tokens, reference, batch_size)["kl"]
+            share = sum(layer.weight.numel() for layer in layers) / total
+            rows.append(Sensitivity(name, part, kl, share))
+    return SensitivityReport(sorted(rows, key=lambda r: (parts.index(r.part), -r.kl)))
+
+
+def choose_digital(report: SensitivityReport, budget: float) -> list[str]:
+    """The layers to keep digital: greatest KL per multiply-accumulate first, within ``budget``.
+
+    Args:
+        report: By layer, with the part ``"all"``.
+        budget: Share of the multiply-accumulates that may stay digital, 0 to 1.
+    """
+    chosen, spent = [], 0.0
+    rows = [row for row in report.rows if row.part == "all"]
+    for row in sorted(rows, key=lambda r: -r.kl / r.share):
+        if spent + row.share <= budget:
+            chosen.append(row.name)
+            spent += row.share
+    return chosen
+
+
+class _alone:
+    """Within this context one effect of the hardware acts on ``layers``, which were digital."""
+
+    def __init__(self, layers: Sequence[Any], part: str, noise: Any | None, seed: int) -> None:
+        self.layers, self.part, self.noise, self.seed = layers, part, noise, seed
+        self.schemes = [layer.scheme for layer in layers]
+
+    def __enter__(self) -> None:
+        for layer in self.layers:
+            if self.part in ("noise", "all") and self.noise is not None:
+                layer.program(self.noise, self.seed)
+            layer.digital = self.part == "noise"
+            if self.part == "inputs":
+                layer.scheme = layer.scheme.replace(output_bits=None)
+            elif self.part == "outputs" and layer.scheme.output_bits is not None:
+                # The ADC's bound is scaled by the range, so a DAC stays, too fine to matter.
+                layer.scheme = layer.scheme.replace(input_bits=16)
+
+    def __exit__(self, *error: object) -> None:
+        for layer, scheme in zip(self.layers, self.schemes, strict=True):
+            layer.scheme, layer.digital = scheme, True
+            layer.restore()
