@@ -21,7 +21,9 @@ _PUBLIC = {
     "convert_to_analog": "analog_plugin.layers",
     "evaluate_noise": "analog_plugin.evaluation",
     "generate_dataset": "analog_plugin.data",
+    "analyze_sensitivity": "analog_plugin.evaluation.sensitivity",
     "load_checkpoint": "analog_plugin.checkpoint",
+    "prepare_start": "analog_plugin.training.start",
     "save_checkpoint": "analog_plugin.checkpoint",
     "to_digital": "analog_plugin.layers",
     "train_analog": "analog_plugin.training.pipeline",
@@ -35,11 +37,13 @@ __all__ = [
     "AnalogScheme",
     "AnalogTrainer",
     "__version__",
+    "analyze_sensitivity",
     "calibrate_ranges",
     "convert_to_analog",
     "evaluate_noise",
     "generate_dataset",
     "load_checkpoint",
+    "prepare_start",
     "save_checkpoint",
     "to_digital",
     "train_analog",
@@ -50,11 +54,13 @@ if TYPE_CHECKING:
     from analog_plugin.data import generate_dataset
     from analog_plugin.errors import AnalogError
     from analog_plugin.evaluation import evaluate_noise
+    from analog_plugin.evaluation.sensitivity import analyze_sensitivity
     from analog_plugin.layers import AnalogLinear, convert_to_analog, to_digital
     from analog_plugin.recipe import AnalogRecipe
     from analog_plugin.scheme import AnalogScheme
     from analog_plugin.training import AnalogCallback, AnalogTrainer, calibrate_ranges
     from analog_plugin.training.pipeline import train_analog
+    from analog_plugin.training.start import prepare_start
 
 
 def __getattr__(name: str) -> Any:

@@ -34,15 +34,20 @@ def result_table(result: Any) -> str:
     record = result.training
     seconds = record.get("seconds", {})
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    trained = (
+        f"Trained {record['steps']} steps on {record['tokens']:,} tokens, drawn from a set of "
+        f"{record['dataset_tokens']:,}."
+        if record.get("steps")
+        else "Not trained."
+    )
     lines += [
         "",
         f"Mean ± standard deviation over {settings.seeds} noise seeds. Evaluated on "
-        f"{settings.blocks} blocks of {settings.length} tokens of `{settings.corpus}`. Trained "
-        f"{record.get('steps', 0)} steps on {record.get('tokens', 0):,} tokens "
-        f"({record.get('dataset_tokens', 0):,} distinct). Time: {spent}.",
+        f"{settings.blocks} blocks of {settings.length} tokens of `{settings.corpus}`. {trained} "
+        f"Time: {spent}.",
         "",
-        "*original, digital*: the unchanged model without converters; under noise, the noise "
-        "alone. *original*: the unchanged weights on the analog hardware, ranges calibrated. "
+        "*original, digital*: the unchanged weights without converters; under noise, the noise "
+        "alone. *original*: the model on the analog hardware, calibrated, before training. "
         "*analog-trained*: the same hardware, tiles, converters and seeds after training.",
     ]
     return "\n".join(lines) + "\n"
@@ -95,12 +100,21 @@ def model_card(model: Any, profile: str, result: Any | None) -> str:
         f"- outputs: {_bits(scheme.output_bits)}, one bound for the whole model "
         f"({_number(scheme.out_bound)} × input range × column maximum)",
         f"- tiles: {scheme.tile_rows or 'whole layer'} rows",
-        f"- training noise: {scheme.weight_noise:g} of the column maximum; clipping: "
-        f"{scheme.clip_sigma or 'none'} σ ({scheme.clip_schedule})",
+        *_training(scheme, result),
         *_start(scheme),
         "",
     ]
     return "\n".join([*head, *_usage(profile), *_measured(result), *_limits(model, profile)]) + "\n"
+
+
+def _training(scheme: AnalogScheme, result: Any | None) -> list[str]:
+    if result is not None and not result.training.get("steps"):
+        return ["- not trained"]
+    clip = "none" if scheme.clip_sigma is None else f"{scheme.clip_sigma:g} σ"
+    return [
+        f"- training noise: {scheme.weight_noise:g} of the column maximum; clipping: {clip} "
+        f"({scheme.clip_schedule})"
+    ]
 
 
 def _start(scheme: AnalogScheme) -> list[str]:

@@ -10,7 +10,9 @@ from torch import nn
 
 from analog_plugin.checkpoint.card import model_card
 from analog_plugin.checkpoint.layout import CARD_FILE, RECIPE_FILE, TRAINING_FILE, write_manifest
-from analog_plugin.layers import analog_layers, forward_state
+from analog_plugin.errors import AnalogError
+from analog_plugin.layers import analog_layers, forward_state, model_scheme
+from analog_plugin.layers.prefix import installed_prefix
 from analog_plugin.paths import atomic_directory
 
 
@@ -47,6 +49,11 @@ def save_checkpoint(
     forward_state(model)
     for _, layer in analog_layers(model):
         layer.require_ranges()
+    if model_scheme(model).prefix is not None and installed_prefix(model) is None:
+        raise AnalogError(
+            "The scheme has a digital prefix, but the model has none installed; call "
+            "prepare_start(model, batches, held_out, noise), which does it."
+        )
     exporter = lookup(exporters(), profile, "deploy profile")
     exporter.check(model)
     with atomic_directory(directory, overwrite) as target:

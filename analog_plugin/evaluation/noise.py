@@ -115,13 +115,20 @@ def evaluate_noise(
 
 @contextlib.contextmanager
 def programmed(model: nn.Module, noise: Any | None, seed: int | None) -> Iterator[None]:
-    """Within this context all analog layers hold weights programmed under ``seed``."""
-    layers = [layer for _, layer in analog_layers(model)]
+    """Within this context all analog layers hold weights programmed under ``seed``.
+
+    Without noise they hold the clean ones. Afterwards they hold what they held before.
+    """
+    before = [
+        (layer, layer.programmed_weight, layer.programmed_maximum)
+        for _, layer in analog_layers(model)
+    ]
     try:
-        if noise is not None and seed is not None:
-            for layer in layers:
+        for layer, _, _ in before:
+            layer.restore()
+            if noise is not None and seed is not None:
                 layer.program(noise, seed)
         yield
     finally:
-        for layer in layers:
-            layer.restore()
+        for layer, weight, maximum in before:
+            layer.programmed_weight, layer.programmed_maximum = weight, maximum

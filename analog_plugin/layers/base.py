@@ -159,7 +159,7 @@ class AnalogLayer(nn.Module):
         if self.scheme.output_bits is not None and self.scheme.out_bound is None:
             raise AnalogError(
                 f"The ADC's bound of {self.name or 'this layer'} was never chosen; call "
-                "choose_out_bound(model, tokens), or give the scheme an out_bound."
+                "prepare_start(model, batches, held_out, noise), or give the scheme an out_bound."
             )
 
     def share_range(self, owner: AnalogLayer) -> None:

@@ -77,6 +77,10 @@ class AnalogCallback(TrainerCallback, ExportableState):
             for name in _CARRIED:
                 setattr(self, name, saved["attributes"].get(name, getattr(self, name)))
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From now on noise is drawn anew, not keyed by the last step."""
+        forward_state(kwargs["model"]).seed = None
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Key the noise of the step's first micro-batch."""
         shared: ForwardState = forward_state(kwargs["model"])

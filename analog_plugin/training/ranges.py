@@ -40,9 +40,15 @@ def calibrate_ranges(
         Each layer's ranges [n_tiles], by name.
 
     Raises:
-        AnalogError: There is no batch, or a layer was not reached by any.
+        AnalogError: There is no batch, a layer was not reached by any, or ``range_init`` is
+            ``"output"`` (see :func:`~analog_plugin.training.start.prepare_start`).
     """
-    layers = {name: layer for name, layer in analog_layers(model) if layer.input_range is not None}
+    layers = dict(analog_layers(model))
+    if any(layer.scheme.range_init == "output" for layer in layers.values()):
+        raise AnalogError(
+            "Ranges of range_init: output depend on the ADC's bound; call prepare_start(model, "
+            "batches, held_out, noise), which finds both."
+        )
     histograms: dict[str, MagnitudeHistogram] = {}
     for name, layer in layers.items():
         if layer.scheme.input_bits is None or layer.scheme.input_range == "dynamic":

@@ -28,7 +28,7 @@ from analog_plugin.training.outputs import sample_inputs
 from analog_plugin.training.ranges import pick_range
 
 #: Exponents of input peaks and of weight peaks among which each group's scales are searched.
-_EXPONENTS = tuple(product((0.0, 0.1, 0.2, 0.3, 0.4, 0.5), (0.0, 0.2, 0.4)))
+_EXPONENTS = tuple(product((0.0, 0.15, 0.3, 0.45), (0.0, 0.2, 0.4)))
 #: The ADC bound taken where it is chosen only later.
 _TYPICAL_BOUND = 3.0
 

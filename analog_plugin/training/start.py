@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity, choose_digital
 from analog_plugin.layers import analog_layers, digital_layers, keep_digital, model_scheme
-from analog_plugin.layers.prefix import install_prefix, installed_prefix
+from analog_plugin.layers.prefix import install_prefix, installed_prefix, prefix_tokens
 from analog_plugin.training.bound import CANDIDATES, choose_out_bound, set_ranges
 from analog_plugin.training.outputs import RangeTable, search_output_ranges
 from analog_plugin.training.ranges import calibrate_ranges
@@ -30,7 +30,8 @@ def prepare_start(
     """Bring a freshly converted model to the best start that its scheme allows.
 
     Args:
-        model: A model from ``convert_to_analog``, its digital prefix installed if it has one.
+        model: A model from ``convert_to_analog``, digital weights unchanged. A digital prefix that
+            its scheme names is installed if it has none yet.
         batches: Calibration batches, keyword arguments of the model's forward.
         held_out: [N, S] token ids for what is chosen by its effect on the whole model.
         noise: The programming noise model to be prepared for; None: converters only.
@@ -41,6 +42,9 @@ def prepare_start(
     """
     record: dict[str, Any] = {}
     scheme = model_scheme(model)
+    if scheme.prefix is not None and installed_prefix(model) is None:
+        with digital_layers(model):
+            install_prefix(model, prefix_tokens(model, scheme.prefix))
     if scheme.rescale is not None:
         found = rescale_model(model, batches, noise, len(batches))
         record["rescaled"] = [

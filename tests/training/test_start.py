@@ -19,10 +19,12 @@ from analog_plugin import (
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity, choose_digital
 from analog_plugin.layers import analog_layers, digital_layers, keep_digital, model_scheme
-from analog_plugin.layers.prefix import installed_prefix
+from analog_plugin.layers.prefix import installed_prefix, remove_prefix
+from analog_plugin.presets import resolve_scheme
 from analog_plugin.training.bound import choose_out_bound
 from analog_plugin.training.outputs import search_output_ranges
-from analog_plugin.training.ranges import calibrate_ranges
+from analog_plugin.training.ranges import calibrate_plain_ranges, calibrate_ranges
+from analog_plugin.training.start import prepare_start
 
 ROWS = token_ids(16, 16, seed=4)
 PLUS = {"preset": "AFM_PLUS", "tile_rows": 32, "range_init_batches": 2, "digital_share": 0.2}
@@ -193,6 +195,28 @@ def test_sensitivity_finds_the_layer_that_hurts_and_changes_nothing(by):
     spent = sum(row.share for row in everything.rows if row.name in choose_digital(everything, 0.2))
     assert spent <= 0.2
     assert choose_digital(everything, 0.0) == []
+
+
+def test_the_parts_serve_by_themselves(tmp_path):
+    model = convert_to_analog(tiny(), resolve_scheme(PLUS))
+    with pytest.raises(AnalogError, match="prepare_start"):
+        calibrate_ranges(model, batches())
+    record = prepare_start(model, batches(), ROWS, None)
+    assert installed_prefix(model) is not None and record["kl_at_bound"]
+    calibrate_plain_ranges(model, batches())
+    save_checkpoint(model, tmp_path / "out")
+    assert torch.equal(logits(load_checkpoint(tmp_path / "out")), logits(model))
+    remove_prefix(model)
+    with pytest.raises(AnalogError, match="none installed"):
+        save_checkpoint(model, tmp_path / "other")
+
+
+def test_a_prefix_without_plain_ranges_is_not_saved(tmp_path):
+    model = analog(out_bound=4.0, prefix=1, range_init="max")
+    prepare_start(model, batches(), ROWS, None)
+    with pytest.raises(AnalogError, match="calibrate_plain_ranges"):
+        save_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_questions_are_refused():
