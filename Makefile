@@ -1,6 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.10 or newer.
 PYTHON ?= python3
-# With a GPU: make demo TORCH="torch==2.13.0 --index-url <the CUDA wheels' index>"
+# With a GPU: make demo TORCH="torch==2.13.0 --index-url <the CUDA wheels' index>", before the first
+# run: where .venv is there already, it stays as it is.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin

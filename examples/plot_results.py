@@ -25,6 +25,8 @@ def draw(directory: Path, target: Path) -> None:
     record = json.loads((directory / "analog" / "training.json").read_text())
     reports = record["evaluation"]
     shown = [name for name in COLOURS if name in reports]
+    if not shown:
+        raise SystemExit(f"{directory} was exported with evaluation: null; nothing can be drawn.")
     noises = list(dict.fromkeys(cell["noise"] for cell in reports[shown[0]]["cells"]))
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
     for axis, (metric, title) in zip(
