@@ -101,6 +101,9 @@ VARIANTS = {
         "scheme": {"tile_rows": 32, "range_init_batches": 2,
                    "tie_ranges": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]}
     },
+    "a better start": {
+        "scheme": {"preset": "AFM_PLUS", "tile_rows": 32, "range_init_batches": 2}
+    },
     "untied head": {"ignore": []},
     "no training": {"training": None},
     "accumulation": {

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from tiny_models import tiny, token_ids
+from transformers import AutoModelForCausalLM
 
 from analog_plugin import (
     AnalogError,
@@ -16,6 +17,7 @@ from analog_plugin import (
     save_checkpoint,
     train_analog,
 )
+from analog_plugin.checkpoint import plain_view
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity, choose_digital
 from analog_plugin.layers import analog_layers, digital_layers, keep_digital, model_scheme
@@ -82,6 +84,19 @@ def test_the_whole_start_and_training_survive_a_checkpoint(name, tmp_path):
     assert not torch.equal(logits(again), logits(loaded))
     save_checkpoint(loaded, tmp_path / "again")
     assert torch.equal(logits(load_checkpoint(tmp_path / "again")), logits(loaded))
+
+
+@pytest.mark.parametrize(("profile", "bits"), [("analog-fp", None), ("w8a8", 8)])
+def test_plain_loaders_compute_what_the_plain_view_does(profile, bits, tmp_path):
+    """They know no prefix, and keep digital layers as they are."""
+    result = train_analog(tiny(), recipe(), dataset=ROWS)
+    save_checkpoint(result.model, tmp_path / "out", profile=profile, result=result)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    view = plain_view(result.model, bits)
+    assert installed_prefix(result.model) is not None
+    for ids in (token_ids(), ROWS):
+        assert torch.equal(logits(plain, ids), logits(view, ids))
+    assert not torch.equal(logits(view), logits(result.model))
 
 
 def test_the_record_tells_what_was_done():
