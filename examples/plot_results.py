@@ -14,7 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-INK, MUTED, COLOURS = "#222222", "#777777", {"original": "#b4552d", "analog-trained": "#1f6f8b"}
+INK, MUTED = "#222222", "#777777"
+COLOURS = {"off the shelf": "#8a8a8a", "original": "#b4552d", "analog-trained": "#1f6f8b"}
 
 
 def values(report: dict, noise: str, metric: str) -> list[float]:
@@ -28,7 +29,8 @@ def draw(directory: Path, target: Path) -> None:
     if not shown:
         raise SystemExit(f"{directory} was exported with evaluation: null; nothing can be drawn.")
     noises = list(dict.fromkeys(cell["noise"] for cell in reports[shown[0]]["cells"]))
-    figure, axes = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
+    height = 0.8 + 0.45 * len(noises) * len(shown)
+    figure, axes = plt.subplots(1, 2, figsize=(8, height), layout="constrained")
     for axis, (metric, title) in zip(
         axes,
         (("kl", "KL to the original, nats per token"), ("perplexity", "perplexity")),

@@ -46,9 +46,10 @@ def result_table(result: Any) -> str:
         f"{settings.blocks} blocks of {settings.length} tokens of `{settings.corpus}`. {trained} "
         f"Time: {spent}.",
         "",
-        "*original, digital*: the unchanged weights without converters; under noise, the noise "
-        "alone. *original*: the model on the analog hardware, calibrated, before training. "
-        "*analog-trained*: the same hardware, tiles, converters and seeds after training.",
+        "*original, digital*: the unchanged model without converters; under noise, the noise "
+        "alone. *off the shelf*: on the analog hardware with the published input ranges. "
+        "*original*: prepared as the scheme says, before training. *analog-trained*: the same "
+        "hardware, tiles, converters and seeds after training.",
     ]
     return "\n".join(lines) + "\n"
 

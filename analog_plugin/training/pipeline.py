@@ -27,7 +27,7 @@ from analog_plugin.presets import resolve_scheme
 from analog_plugin.recipe import AnalogRecipe, split_training
 from analog_plugin.training.ranges import calibrate_plain_ranges
 from analog_plugin.training.run import TrainingRun, rehearse_training, run_training
-from analog_plugin.training.start import prepare_start
+from analog_plugin.training.start import prepare_start, prepares, published_start
 
 
 @dataclass
@@ -38,7 +38,8 @@ class AnalogResult:
         model: The analog model, in evaluation mode.
         recipe: The settings in force.
         reports: Measurements by name: ``"original, digital"`` (converters off; under noise: the
-            noise alone), ``"original"`` (calibrated, untrained), ``"analog-trained"``.
+            noise alone), ``"off the shelf"`` (published ranges, nothing else; measured where the
+            scheme prepares more), ``"original"`` (prepared, untrained), ``"analog-trained"``.
         training: Steps, tokens, seeds, times in seconds, package versions, loss history, and under
             ``start`` what :func:`~analog_plugin.training.start.prepare_start` did.
     """
@@ -89,12 +90,16 @@ def train_analog(
         lookup(exporters(), recipe.deploy.profile, "deploy profile").check(model)
         with _timed(times, "data"):
             rows = _training_tokens(teacher, recipe, tokenizer, dataset)
-        if scheme.prefix is not None:
-            install_prefix(model, install_prefix(teacher, prefix_tokens(teacher, scheme.prefix)))
+        batches, held_out = _calibration_batches(model, rows, recipe)
         with _timed(times, "evaluation"):
             measure = _Measurement(teacher, result, tokens)
             measure("original, digital", converters=False)
-        batches, held_out = _calibration_batches(model, rows, recipe)
+            if tokens is not None and prepares(scheme):
+                with published_start(model, batches, held_out):
+                    measure("off the shelf")
+        if scheme.prefix is not None:
+            install_prefix(model, install_prefix(teacher, prefix_tokens(teacher, scheme.prefix)))
+            measure = _Measurement(teacher, result, tokens)  # the original has the prefix too
         if not (train and tokens is None and scheme.range_init_in_training):
             with _timed(times, "calibration"):
                 noise = resolve_noise(recipe.calibration.noise)

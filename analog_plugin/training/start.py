@@ -6,15 +6,23 @@ of the scheme.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity, choose_digital
-from analog_plugin.layers import analog_layers, digital_layers, keep_digital, model_scheme
+from analog_plugin.layers import (
+    analog_layers,
+    digital_layers,
+    forward_state,
+    keep_digital,
+    model_scheme,
+)
 from analog_plugin.layers.prefix import install_prefix, installed_prefix, prefix_tokens
+from analog_plugin.scheme import AnalogScheme
 from analog_plugin.training.bound import CANDIDATES, choose_out_bound, set_ranges
 from analog_plugin.training.outputs import RangeTable, search_output_ranges
 from analog_plugin.training.ranges import calibrate_ranges
@@ -71,6 +79,38 @@ def prepare_start(
             if search:  # those that are gone no longer count
                 record["kl_at_bound"] = choose_out_bound(model, tokens, ranges=table)
     return record
+
+
+def prepares(scheme: AnalogScheme) -> bool:
+    """Whether ``scheme`` asks for more than input ranges by themselves."""
+    own = (scheme.prefix, scheme.rescale, scheme.digital_share or None)
+    by_output = scheme.range_init == "output"
+    bound = scheme.out_bound is None and scheme.output_bits is not None
+    return by_output or bound or any(lever is not None for lever in own)
+
+
+@contextlib.contextmanager
+def published_start(
+    model: Any, batches: Sequence[Mapping[str, Tensor]], held_out: Tensor
+) -> Iterator[None]:
+    """Within this context a freshly converted model has no more than the published ranges.
+
+    They are ``range_init_std`` standard deviations of the inputs (arXiv 2505.09663). Where the
+    scheme leaves the ADC's bound open, it is the best one for these ranges.
+    """
+    state, scheme = forward_state(model), model_scheme(model)
+    before = [(layer, layer.scheme) for _, layer in analog_layers(model)]
+    try:
+        for layer, own in before:
+            layer.scheme = own.replace(range_init="std", out_bound=own.out_bound or CANDIDATES[-1])
+        calibrate_ranges(model, batches, len(batches))
+        if scheme.out_bound is None and scheme.output_bits is not None:
+            choose_out_bound(model, held_out[:_BOUND_ROWS])
+        yield
+    finally:
+        state.scheme = scheme
+        for layer, own in before:
+            layer.scheme = own
 
 
 def _ranges(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> RangeTable | None:

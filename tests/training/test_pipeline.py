@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from analog_plugin import AnalogError
-from analog_plugin.layers import AnalogLinear, analog_layers, forward_state
+from analog_plugin.layers import AnalogLinear, analog_layers, forward_state, model_scheme
 from analog_plugin.training.pipeline import train_analog
 from analog_plugin.training.trainer import AnalogTrainer
 
@@ -83,6 +83,27 @@ def test_the_model_is_converted_trained_and_measured(model, recipe, tokenizer):
         for cell in report.cells:
             assert cell.metrics.keys() == {"perplexity", "kl", "agreement"}
             assert all(math.isfinite(value) for value in cell.metrics.values())
+
+
+PLUS = {"preset": "AFM_PLUS", "tile_rows": 32, "range_init_batches": 2}
+
+
+def test_a_prepared_start_is_measured_beside_the_published_one(recipe, tokenizer):
+    result = train_analog(tiny(), recipe(scheme=PLUS), tokenizer=tokenizer)
+    rows = ["original, digital", "off the shelf", "original", "analog-trained"]
+    assert list(result.reports) == rows
+    kl = {name: report.mean("none", "kl") for name, report in result.reports.items()}
+    assert kl["original, digital"] == pytest.approx(0, abs=1e-9)
+    assert 0 < kl["original"] < kl["off the shelf"]
+
+
+def test_measuring_leaves_nothing_behind(recipe, tokenizer):
+    measured = train_analog(tiny(), recipe(scheme=PLUS), tokenizer=tokenizer).model
+    plain = train_analog(tiny(), recipe(scheme=PLUS, evaluation=None), tokenizer=tokenizer).model
+    assert model_scheme(measured) == model_scheme(plain)
+    first, second = measured.state_dict(), plain.state_dict()
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def test_the_digital_original_is_its_own_reference(model, recipe, tokenizer):

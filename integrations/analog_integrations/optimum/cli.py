@@ -26,7 +26,7 @@ a recipe (all fields are in docs/recipes.md):
   analog_stage:
     analog_modifiers:
       AnalogModifier:
-        scheme: {preset: AFM_PLUS, digital_share: 0.0, clip_sigma: 12.0}
+        scheme: {preset: AFM_PLUS, digital_share: 0.0}
         training: {max_steps: 80, learning_rate: 5.0e-5}
         evaluation: {noise: [pcm, pcm:1.5], seeds: 10}
 
