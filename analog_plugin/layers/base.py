@@ -96,10 +96,6 @@ class AnalogLayer(nn.Module):
         y = analog_matmul(x, weight, self.input_range, maximum, context)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def to_linear(self) -> nn.Module:
-        """Return a digital layer that shares weight and bias."""
-        raise NotImplementedError
-
     def program(self, noise: Any, generator: torch.Generator | int) -> None:
         """Program the weights onto simulated devices; the forward then uses the result.
 
