@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from analog_plugin.scheme import FUSED_GROUPS, AnalogScheme, SchemeError
+from analog_plugin.scheme import FUSED_GROUPS, AnalogScheme, SchemeError, check_names
 
 #: The recipe shipped with 'Analog Foundation Models' (arXiv 2505.09663) for Llama-3.2-1B: 8-bit
 #: learned inputs and a globally static 8-bit ADC, 3 % noise per channel, clipping at 2.5 σ, ranges
@@ -74,4 +74,5 @@ def resolve_scheme(scheme: str | Mapping[str, Any] | AnalogScheme) -> AnalogSche
     name = fields.pop("preset", None)
     if name is None:
         return AnalogScheme.from_dict(fields)
+    check_names(fields)
     return resolve_scheme(name).replace(**fields)

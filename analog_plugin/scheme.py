@@ -113,6 +113,10 @@ class AnalogScheme:
             object.__setattr__(self, "prefix", tuple(self.prefix))
         object.__setattr__(self, "overrides", _frozen(self.overrides))
         validate(self)
+        # Of two changes for one pattern the last holds, and files keep no more than one.
+        last = {pattern: i for i, (pattern, _) in enumerate(self.overrides)}
+        kept = tuple(pair for i, pair in enumerate(self.overrides) if last[pair[0]] == i)
+        object.__setattr__(self, "overrides", kept)
 
     @property
     def input_levels(self) -> int | None:
@@ -156,7 +160,7 @@ class AnalogScheme:
 
     def replace(self, **changes: Any) -> AnalogScheme:
         """Return a scheme with ``changes`` applied and validated."""
-        _check_names(changes)
+        check_names(changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,7 +182,7 @@ class AnalogScheme:
                 f"A scheme is a mapping of fields to values, not {type(values).__name__}; "
                 "write for instance {clip_sigma: 3.0}."
             )
-        _check_names(values)
+        check_names(values)
         return cls(**values)
 
     def to_json(self) -> str:
@@ -212,7 +216,8 @@ class AnalogScheme:
         return cls.from_dict(values)
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
+def check_names(values: Mapping[str, Any]) -> None:
+    """Refuse names that are no fields of a scheme."""
     known = [field.name for field in dataclasses.fields(AnalogScheme)]
     for name in values:
         if name not in known:

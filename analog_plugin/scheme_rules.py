@@ -134,6 +134,11 @@ def _check_override(scheme: AnalogScheme, pattern: str, change: Any) -> None:
             f"of fields; write overrides: {{{pattern}: digital}}."
         )
     for name, _ in change:
+        if not isinstance(name, str):
+            raise SchemeError(
+                f"overrides of {shown(pattern)} names {shown(name)}, which is no field; write for "
+                f"instance overrides: {{{pattern}: {{input_bits: 6}}}}."
+            )
         if name in _OF_THE_MODEL:
             raise SchemeError(
                 f"overrides of {shown(pattern)} changes {name}, which is one for the whole model; "

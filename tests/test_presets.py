@@ -64,3 +64,8 @@ def test_a_wrong_field_beside_a_preset_is_refused():
         resolve_scheme({"preset": "AFM", "clip_sigm": 3.0})
     with pytest.raises(SchemeError, match=r"clip_sigma is -1\.0"):
         resolve_scheme({"preset": "AFM", "clip_sigma": -1.0})
+
+
+def test_a_field_that_is_no_name_is_refused():
+    with pytest.raises(AnalogError, match="has no field 1"):
+        resolve_scheme({"preset": "AFM", 1: 2})

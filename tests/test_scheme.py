@@ -174,3 +174,16 @@ def test_a_recipe_names_a_preset_and_changes_it():
     assert resolve_scheme("DIGITAL_SI8_W4").weight_bits == 4
     with pytest.raises(UnknownName, match="no preset 'AFN'; did you mean 'AFM'"):
         resolve_scheme("AFN")
+
+
+def test_the_last_change_for_a_pattern_survives_a_file():
+    changes = (("a", {"input_bits": 6}), ("*", {"output_bits": 9}), ("a", "digital"))
+    scheme = AnalogScheme(overrides=changes)
+    read = AnalogScheme.from_dict(scheme.to_dict())
+    assert read == scheme
+    assert read.for_layer("a") is scheme.for_layer("a") is None
+
+
+def test_a_field_of_an_override_that_is_no_name_is_refused():
+    with pytest.raises(SchemeError, match="which is no field"):
+        AnalogScheme(overrides={"a": {1: 2}})

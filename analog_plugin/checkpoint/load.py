@@ -121,7 +121,8 @@ def _restore_analog(
     if prefix is not None:
         expected |= prefix_shapes(model, len(prefix_tokens(model, prefix)))
     if any(name.endswith(".plain_range") for name in state):
-        expected |= {f"{name}.plain_range": [1] for name in layers}
+        with_dac = (n for n, layer in layers.items() if layer.scheme.input_levels is not None)
+        expected |= {f"{name}.plain_range": [1] for name in with_dac}
     found = {name: list(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name) or state[name].dtype != torch.float32:
@@ -129,11 +130,26 @@ def _restore_analog(
                 f"{directory / STATE_FILE} does not fit the model: {shown(name)} should be "
                 f"{_tensor(expected.get(name))}; export the checkpoint again."
             )
+    for name, tensor in state.items():
+        positive = not name.endswith(".plain_range") or bool((tensor > 0).all())
+        if not (positive and bool(tensor.isfinite().all())):
+            raise AnalogError(
+                f"{directory / STATE_FILE}: {shown(name)} holds values that are not finite, or a "
+                "range that is not positive; export the checkpoint again."
+            )
     for name, layer in layers.items():
         layer.set_input_range(state[f"{name}.input_range"])
-        layer.plain_range = state.get(f"{name}.plain_range")
-    if prefix is not None:
-        install_prefix(model, Prefix.from_tensors(state) or ())
+        plain = state.get(f"{name}.plain_range")
+        layer.plain_range = None if plain is None else plain.to(layer.input_range.device)
+    read = Prefix.from_tensors(state)
+    if prefix is not None and read is not None:
+        tokens = prefix_tokens(model, prefix)
+        if state["prefix.tokens"].tolist() != list(tokens):
+            raise AnalogError(
+                f"{directory / STATE_FILE} holds a prefix of other tokens than config.json names "
+                f"({list(tokens)}); export the checkpoint again."
+            )
+        install_prefix(model, read)
 
 
 def _tensor(shape: list[int] | None) -> str:

@@ -17,12 +17,13 @@ from analog_plugin.scheme import FUSED_GROUPS
 def plain_quantizes_inputs(model: nn.Module) -> bool:
     """Whether plain loaders are told to quantize inputs.
 
-    Not where the analog model has no DAC or DACs of several resolutions, nor where a layer is a
-    ``Conv1D``, which compressed-tensors leaves alone.
+    Not where the analog model has no DAC or DACs of several kinds (in resolution, or static beside
+    dynamic), of which a file describes one, nor where a layer is a ``Conv1D``, which
+    compressed-tensors leaves alone.
     """
     layers = [layer for _, layer in analog_layers(model)]
-    bits = {layer.scheme.input_bits for layer in layers}
-    one_dac = len(bits) == 1 and None not in bits
+    kinds = {(la.scheme.input_bits, la.scheme.input_range == "dynamic") for la in layers}
+    one_dac = len(kinds) == 1 and layers[0].scheme.input_bits is not None
     return one_dac and not any(isinstance(layer, AnalogConv1D) for layer in layers)
 
 

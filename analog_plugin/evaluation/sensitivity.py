@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.fidelity import Reference, fidelity
+from analog_plugin.evaluation.noise import programmed
 from analog_plugin.layers import analog_layers, digital_layers, forward_state
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.noise import resolve_noise
@@ -88,7 +90,7 @@ def analyze_sensitivity(
         groups.setdefault(name if by == "layer" else name.rpartition(".")[2], []).append(layer)
     total = sum(layer.weight.numel() for _, layer in analog_layers(model))
     rows = []
-    with evaluation_mode(model), digital_layers(model):
+    with evaluation_mode(model), digital_layers(model), programmed(model, None, None):
         reference = Reference.of(model, tokens, batch_size)
         cells = [(name, part) for part in parts for name in groups]
         for name, part in progress_bar(cells, desc="Measuring sensitivity"):
@@ -116,25 +118,23 @@ def choose_digital(report: SensitivityReport, budget: float) -> list[str]:
     return chosen
 
 
-class _alone:
+@contextlib.contextmanager
+def _alone(layers: Sequence[Any], part: str, noise: Any | None, seed: int) -> Iterator[None]:
     """Within this context one effect of the hardware acts on ``layers``, which were digital."""
-
-    def __init__(self, layers: Sequence[Any], part: str, noise: Any | None, seed: int) -> None:
-        self.layers, self.part, self.noise, self.seed = layers, part, noise, seed
-        self.schemes = [layer.scheme for layer in layers]
-
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            if self.part in ("noise", "all") and self.noise is not None:
-                layer.program(self.noise, self.seed)
-            layer.digital = self.part == "noise"
-            if self.part == "inputs":
+    schemes = [layer.scheme for layer in layers]
+    try:
+        for layer in layers:
+            if part in ("noise", "all") and noise is not None:
+                layer.program(noise, seed)
+            without_adc = part == "outputs" and layer.scheme.output_bits is None
+            layer.digital = part == "noise" or without_adc
+            if part == "inputs":
                 layer.scheme = layer.scheme.replace(output_bits=None)
-            elif self.part == "outputs" and layer.scheme.output_bits is not None:
+            elif part == "outputs" and not without_adc:
                 # The ADC's bound is scaled by the range, so a DAC stays, too fine to matter.
                 layer.scheme = layer.scheme.replace(input_bits=16)
-
-    def __exit__(self, *error: object) -> None:
-        for layer, scheme in zip(self.layers, self.schemes, strict=True):
+        yield
+    finally:
+        for layer, scheme in zip(layers, schemes, strict=True):
             layer.scheme, layer.digital = scheme, True
             layer.restore()

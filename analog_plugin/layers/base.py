@@ -190,12 +190,14 @@ class AnalogLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogLayer:
         """Move with the module, but keep the ranges in fp32: half precision rounds them away."""
-        ranges = self.input_range.data
+        ranges, plain = self.input_range.data, self.plain_range
         super()._apply(fn, recurse)
         moved = self.input_range.data
         if moved.dtype != torch.float32:
             moved = ranges.to(moved.device)
         self.input_range.data = moved
+        if plain is not None:
+            self.plain_range = plain.to(moved.device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

@@ -210,13 +210,14 @@ def _refuse_tied_embeddings(chosen: Sequence[Any], names: dict[Any, list[str]]) 
 
 
 def _tie_ranges(model: nn.Module, scheme: AnalogScheme) -> None:
-    """Let the members of each group share one ``input_range`` Parameter."""
+    """Let the members of each group share one ``input_range`` Parameter, where DACs are alike."""
     for group in scheme.tie_ranges:
-        owners: dict[str, Any] = {}
+        owners: dict[tuple[Any, ...], Any] = {}
         for name, layer in analog_layers(model):
             parent, _, last = name.rpartition(".")
             if last not in group:
                 continue
-            owner = owners.setdefault(parent, layer)
-            if owner is not layer and owner.tiles == layer.tiles:
+            dac = layer.scheme.input_bits, layer.scheme.input_range
+            owner = owners.setdefault((parent, *dac, *layer.tiles), layer)
+            if owner is not layer:
                 layer.share_range(owner)

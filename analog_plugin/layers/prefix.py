@@ -69,6 +69,8 @@ class Prefix:
 def prefix_shapes(model: Any, length: int) -> dict[str, list[int]]:
     """Shapes of the tensors of a prefix of ``length`` tokens for ``model``, by name."""
     config = model.config.get_text_config()
+    if not hasattr(config, "num_key_value_heads"):
+        raise _refusal(model)
     shapes = {_TOKENS: [length], _HIDDEN: [length, config.hidden_size]}
     for name, module in _attention_modules(model).items():
         size = [config.num_key_value_heads, length, module.head_dim]
@@ -190,10 +192,7 @@ def _compute(model: Any, tokens: tuple[int, ...]) -> Prefix:
     ids = torch.tensor([tokens], device=device)
     places = torch.arange(-len(tokens), 0, device=device), torch.arange(len(tokens), device=device)
     training = [module for module in model.modules() if module.training]
-    refusal = AnalogError(
-        f"{type(model).__name__} cannot have a digital prefix: it needs rotary position embeddings "
-        "and transformers' attention interface; write prefix: null."
-    )
+    refusal = _refusal(model)
     if not modules or not model._supports_sdpa or not model._can_set_attn_implementation():
         raise refusal
     for module in training:
@@ -217,6 +216,13 @@ def _compute(model: Any, tokens: tuple[int, ...]) -> Prefix:
         for module in training:
             module.training = True
     return made
+
+
+def _refusal(model: Any) -> AnalogError:
+    return AnalogError(
+        f"{type(model).__name__} cannot have a digital prefix: it needs rotary position embeddings "
+        "and transformers' attention interface; write prefix: null."
+    )
 
 
 def _exact(model: Any, prefix: Prefix) -> bool:

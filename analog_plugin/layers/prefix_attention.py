@@ -72,11 +72,14 @@ class PrefixRuntime:
             cache.repeated_prefix = self.repeated
         if self.repeated is None or not self.prefill:
             return output
-        hidden = output.last_hidden_state
+        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         index = torch.arange(hidden.shape[1], device=hidden.device) - self.repeated.starts[:, None]
         exact = self.prefix.hidden.to(hidden)[index.clamp(0, self.repeated.length - 1)]
         columns = repeated_columns(self.repeated, hidden.shape[1])
-        output.last_hidden_state = torch.where(columns[..., None], exact, hidden)
+        hidden = torch.where(columns[..., None], exact, hidden)
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output.last_hidden_state = hidden
         return output
 
 

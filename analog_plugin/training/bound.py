@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def choose_out_bound(
     Raises:
         AnalogError: The layers have no ADC.
     """
-    if any(layer.scheme.output_bits is None for _, layer in analog_layers(model)):
+    if all(layer.scheme.output_bits is None for _, layer in analog_layers(model)):
         raise AnalogError("out_bound cannot be chosen without an ADC; write output_bits: 8.")
 
     def take(bound: float) -> None:
@@ -72,5 +73,5 @@ def choose_out_bound(
         for bound in progress_bar(candidates, desc="Choosing the ADC's bound"):
             take(bound)
             curve[bound] = fidelity(model, tokens, reference, batch_size)["kl"]
-    take(min(curve, key=lambda bound: curve[bound]))
+    take(min(curve, key=lambda bound: math.inf if math.isnan(curve[bound]) else curve[bound]))
     return curve

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analog_plugin.errors import AnalogError
 from analog_plugin.layers import analog_layers, digital_layers
 from analog_plugin.layers.observe import Observer, observed
 from analog_plugin.modes import evaluation_mode
@@ -42,6 +43,9 @@ def search_output_ranges(
         batches: Keyword arguments of the model's forward; padding does not count.
         bounds: The ADC bounds; without an ADC all give the same ranges.
         total: Number of batches, for the progress bar.
+
+    Raises:
+        AnalogError: No input reached a layer.
     """
     layers = {
         name: layer
@@ -53,6 +57,12 @@ def search_output_ranges(
     shared: dict[int, list[str]] = {}
     for name, layer in layers.items():
         shared.setdefault(id(layer.input_range), []).append(name)
+    for names in shared.values():
+        if names[0] not in samples:
+            raise AnalogError(
+                f"No calibration input reached {names[0]}; keep it digital with ignore: "
+                f"[{names[0]}]."
+            )
     table: RangeTable = {bound: {} for bound in bounds}
     for names in progress_bar(list(shared.values()), desc="Searching input ranges"):
         found = best_ranges([layers[name] for name in names], samples.pop(names[0]), bounds)

@@ -88,6 +88,10 @@ def train_analog(
     convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
     with _digital_again_on_error(model, teacher):
         lookup(exporters(), recipe.deploy.profile, "deploy profile").check(model)
+        prefix = None
+        if scheme.prefix is not None:
+            prefix = install_prefix(teacher, prefix_tokens(teacher, scheme.prefix))
+            remove_prefix(teacher)  # for now: tokens are sampled from the model as it came
         with _timed(times, "data"):
             rows = _training_tokens(teacher, recipe, tokenizer, dataset)
         batches, held_out = _calibration_batches(model, rows, recipe)
@@ -97,10 +101,12 @@ def train_analog(
             if tokens is not None and prepares(scheme):
                 with published_start(model, batches, held_out):
                     measure("off the shelf")
-        if scheme.prefix is not None:
-            install_prefix(model, install_prefix(teacher, prefix_tokens(teacher, scheme.prefix)))
+        if prefix is not None:
+            install_prefix(teacher, prefix)
+            install_prefix(model, prefix)
             measure = _Measurement(teacher, result, tokens)  # the original has the prefix too
-        if not (train and tokens is None and scheme.range_init_in_training):
+        in_training = train and scheme.range_init_in_training
+        if not in_training or tokens is not None or prepares(scheme):
             with _timed(times, "calibration"):
                 noise = resolve_noise(recipe.calibration.noise)
                 start = prepare_start(model, batches, held_out, noise)
@@ -176,10 +182,10 @@ def _training_tokens(
     data = recipe.data
     source = data.source if dataset is None else dataset
     if isinstance(source, Tensor):
-        if source.dim() != 2 or source.numel() == 0:
+        if source.dim() != 2 or source.shape[0] == 0 or source.shape[1] < 2:
             raise AnalogError(
                 f"The dataset has the shape {tuple(source.shape)}, but must be token ids "
-                "[rows, length] with at least one row."
+                "[rows, length] with at least one row and two tokens."
             )
         check_sequence_length(model, source.shape[1])
         check_token_ids(model, source, "The dataset")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,11 @@ from analog_plugin.scheme import AnalogScheme
 
 @torch.no_grad()
 def calibrate_ranges(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], total: int | None = None
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    total: int | None = None,
+    *,
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Set the input ranges of all analog layers from data.
 
@@ -35,6 +39,7 @@ def calibrate_ranges(
         batches: Keyword arguments of the model's forward: ``input_ids`` [B, S] and, where there is
             padding, ``attention_mask`` [B, S].
         total: Number of batches, for the progress bar.
+        names: The layers to calibrate; None: all.
 
     Returns:
         Each layer's ranges [n_tiles], by name.
@@ -43,7 +48,7 @@ def calibrate_ranges(
         AnalogError: There is no batch, a layer was not reached by any, or ``range_init`` is
             ``"output"`` (see :func:`~analog_plugin.training.start.prepare_start`).
     """
-    layers = dict(analog_layers(model))
+    layers = {name: layer for name, layer in analog_layers(model) if names is None or name in names}
     if any(layer.scheme.range_init == "output" for layer in layers.values()):
         raise AnalogError(
             "Ranges of range_init: output depend on the ADC's bound; call prepare_start(model, "
@@ -86,6 +91,9 @@ def calibrate_plain_ranges(model: Any, batches: Iterable[Mapping[str, Tensor]]) 
 
     The first token's massive activations are in it: the analog ranges, without them, would clip
     them and break the model. Least squared error, into ``plain_range`` of each layer.
+
+    Raises:
+        AnalogError: There is no batch.
     """
     layers = dict(analog_layers(model))
     histograms = {
@@ -93,6 +101,7 @@ def calibrate_plain_ranges(model: Any, batches: Iterable[Mapping[str, Tensor]]) 
         for name, layer in layers.items()
         if layer.scheme.input_levels is not None
     }
+    count = 0
     prefix = installed_prefix(model)
     remove_prefix(model)
     try:
@@ -100,12 +109,17 @@ def calibrate_plain_ranges(model: Any, batches: Iterable[Mapping[str, Tensor]]) 
         with evaluation_mode(model), digital_layers(model), observed(layers, observers):
             for batch in progress_bar(batches, desc="Calibrating plain ranges"):
                 model(**batch, use_cache=False)
+                count += 1
     finally:
         if prefix is not None:
             install_prefix(model, prefix)
+    if count == 0:
+        raise AnalogError("The calibration data is empty; give at least one batch of tokens.")
     for name, histogram in histograms.items():
         histogram.merge_processes()
-        layers[name].plain_range = histogram.range_mse(layers[name].scheme.input_levels)
+        found = histogram.range_mse(layers[name].scheme.input_levels)
+        # Plain loaders divide by it, also where a layer saw only zeros.
+        layers[name].plain_range = found.clamp_min(RANGE_FLOOR)
 
 
 def pick_range(histogram: MagnitudeHistogram, scheme: AnalogScheme) -> Tensor:

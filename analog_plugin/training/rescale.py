@@ -29,6 +29,12 @@ from analog_plugin.training.ranges import pick_range
 
 #: Exponents of input peaks and of weight peaks among which each group's scales are searched.
 _EXPONENTS = tuple(product((0.0, 0.15, 0.3, 0.45), (0.0, 0.2, 0.4)))
+#: What the two halves of a block may consist of, beside norms of queries and keys.
+_SHAPES = {
+    "self_attn": ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"}),
+    "mlp": ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}),
+}
+_HEAD_NORMS = {"q_norm", "k_norm"}
 #: The ADC bound taken where it is chosen only later.
 _TYPICAL_BOUND = 3.0
 
@@ -127,8 +133,39 @@ def fold_groups(model: nn.Module) -> Iterator[FoldGroup]:
         # Blocks with further norms apply them elsewhere; theirs is another mathematics.
         if sum(n.endswith("norm") for n in parts if "." not in n) != 2:
             continue
-        known = {n: m for n, m in parts.items() if isinstance(m, nn.Linear)}
-        yield from _block_groups(f"{name}." if name else "", block, known)
+        # Likewise further layers: a norm before o_proj, an MLP whose activation is not gated.
+        known = {
+            f"{part}.{n}": m
+            for part, shapes in _SHAPES.items()
+            if _weighted(parts[part]) - _HEAD_NORMS in shapes
+            for n, m in parts[part].named_children()
+            if isinstance(m, nn.Linear)
+        }
+        for group in _block_groups(f"{name}." if name else "", block, known):
+            producer = model.get_submodule(group.producer)
+            if isinstance(producer, nn.Linear) or _is_scaled_by_weight(producer):
+                yield group
+
+
+def _weighted(module: nn.Module) -> set[str]:
+    """Names of the modules below ``module`` that have parameters."""
+    return {n for n, m in module.named_modules() if n and next(m.parameters(), None) is not None}
+
+
+@torch.no_grad()
+def _is_scaled_by_weight(norm: nn.Module) -> bool:
+    """Whether a norm's output is proportional to its weight (and bias); Gemma's adds one to it."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    # By its outputs alone: hosts that offload parameters do not let them be replaced for a probe.
+    probe = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)
+    made = norm(probe[None])[0].float()
+    bias = getattr(norm, "bias", None)
+    if isinstance(bias, Tensor):
+        made = made - bias.float()
+    standard = probe.float() / probe.float().square().mean().sqrt()
+    return bool((made - weight.float() * standard).norm() <= 0.02 * made.norm())
 
 
 def _block_groups(prefix: str, block: Any, linears: Mapping[str, nn.Linear]) -> Iterator[FoldGroup]:
@@ -209,7 +246,9 @@ def expected_error(
     tiles = scheme.tiles(inputs.shape[1])
     x = inputs / scales
     levels = scheme.input_levels
-    if ranges is None:
+    if ranges is None and levels is None:  # no DAC, and so no ADC
+        ranges = torch.ones(len(tiles), device=x.device)
+    elif ranges is None:
         histogram = MagnitudeHistogram(tiles, x.device)
         histogram.update(x)
         ranges = pick_range(histogram, scheme)

@@ -66,8 +66,7 @@ def prepare_start(
                 install_prefix(model, prefix.tokens)
     table = _ranges(model, batches)
     tokens = held_out[:_BOUND_ROWS]
-    search = scheme.out_bound is None and scheme.output_bits is not None
-    if search:
+    if _chooses_bound(model):
         record["kl_at_bound"] = choose_out_bound(model, tokens, ranges=table)
     if scheme.digital_share > 0:
         report = analyze_sensitivity(model, held_out[:_SENSITIVITY_ROWS], noise=noise)
@@ -76,7 +75,7 @@ def prepare_start(
         record["sensitivity"] = report.to_dict()["rows"]
         if names:
             keep_digital(model, names)
-            if search:  # those that are gone no longer count
+            if _chooses_bound(model, scheme):  # those that are gone no longer count
                 record["kl_at_bound"] = choose_out_bound(model, tokens, ranges=table)
     return record
 
@@ -104,7 +103,7 @@ def published_start(
         for layer, own in before:
             layer.scheme = own.replace(range_init="std", out_bound=own.out_bound or CANDIDATES[-1])
         calibrate_ranges(model, batches, len(batches))
-        if scheme.out_bound is None and scheme.output_bits is not None:
+        if _chooses_bound(model, scheme):
             choose_out_bound(model, held_out[:_BOUND_ROWS])
         yield
     finally:
@@ -113,13 +112,26 @@ def published_start(
             layer.scheme = own
 
 
+def _chooses_bound(model: Any, scheme: AnalogScheme | None = None) -> bool:
+    """Whether some layer has an ADC, and ``scheme`` (None: the model's) leaves its bound open."""
+    scheme = model_scheme(model) if scheme is None else scheme
+    has_adc = any(layer.scheme.output_bits is not None for _, layer in analog_layers(model))
+    return scheme.out_bound is None and has_adc
+
+
 def _ranges(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> RangeTable | None:
     """Set the input ranges; a table of them where they depend on an ADC bound still to choose."""
-    scheme = next(layer.scheme for _, layer in analog_layers(model))
-    if scheme.range_init != "output":
-        calibrate_ranges(model, batches, len(batches))
+    layers = dict(analog_layers(model))
+    others = [name for name, layer in layers.items() if layer.scheme.range_init != "output"]
+    if others:
+        calibrate_ranges(model, batches, len(batches), names=others)
+    if len(others) == len(layers):
         return None
-    bounds = CANDIDATES if scheme.out_bound is None else (scheme.out_bound,)
+    bound = model_scheme(model).out_bound
+    bounds = CANDIDATES if bound is None else (bound,)
     table = search_output_ranges(model, batches, bounds, len(batches))
+    for found in table.values():
+        for name in others:
+            found.pop(name, None)
     set_ranges(model, table[bounds[-1]])
     return table

@@ -17,9 +17,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny, token_ids
 
-from analog_plugin import AnalogError, load_checkpoint, save_checkpoint
+from analog_plugin import (
+    AnalogError,
+    AnalogScheme,
+    convert_to_analog,
+    load_checkpoint,
+    save_checkpoint,
+)
 from analog_plugin.checkpoint.layout import sha256_of, write_manifest
+from analog_plugin.training.ranges import calibrate_plain_ranges, calibrate_ranges
+from analog_plugin.training.start import prepare_start
 
 LAYER = "model.layers.0.mlp.down_proj"
 STATE = "analog/analog_state.safetensors"
@@ -417,3 +426,41 @@ def test_a_directory_with_any_analog_config_loads_or_is_refused(valid, tmp_path,
         load_checkpoint(target, verify=False)
     except AnalogError as error:
         assert str(error)
+
+
+@pytest.fixture
+def with_prefix(tmp_path):
+    scheme = AnalogScheme(prefix=1, tile_rows=32, range_init="max")
+    model = convert_to_analog(tiny(), scheme)
+    batches = [{"input_ids": token_ids()}]
+    prepare_start(model, batches, token_ids(), None)
+    calibrate_plain_ranges(model, batches)
+    return save_checkpoint(model, tmp_path / "prefix")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 5.0, 0.5])
+def test_prefix_tokens_of_no_sense_are_refused(value, with_prefix):
+    change_state(with_prefix, lambda s: s["prefix.tokens"].fill_(value))
+    refuse(with_prefix)
+
+
+@pytest.mark.parametrize("name", ["self_attn.prefix_key", "self_attn.prefix_value", "hidden"])
+def test_a_prefix_that_is_not_finite_is_refused(name, with_prefix):
+    name = "prefix.hidden" if name == "hidden" else f"model.layers.0.{name}"
+    change_state(with_prefix, lambda s: s[name].fill_(float("nan")))
+    assert "not finite" in refuse(with_prefix)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0])
+def test_plain_ranges_of_no_sense_are_refused(value, with_prefix):
+    change_state(with_prefix, lambda s: s[f"{LAYER}.plain_range"].fill_(value))
+    assert "plain_range" in refuse(with_prefix)
+
+
+def test_a_prefix_for_a_model_that_can_have_none_is_refused(tmp_path):
+    model = convert_to_analog(tiny("gpt2"), AnalogScheme())
+    calibrate_ranges(model, [{"input_ids": token_ids()}])
+    directory = save_checkpoint(model, tmp_path / "gpt2")
+    scheme = AnalogScheme(prefix=1).to_dict()
+    change_analog(directory, scheme=scheme)
+    assert "rotary" in refuse(directory)

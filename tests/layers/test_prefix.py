@@ -208,3 +208,11 @@ def test_tokens_that_a_scheme_names():
     model.config.bos_token_id = None
     with pytest.raises(AnalogError, match=r"prefix: \[N\]"):
         prefix_tokens(model, 1)
+
+
+def test_outputs_may_be_a_tuple(tokens):
+    model, ids = tiny(), behind(tokens, token_ids())
+    install_prefix(model, tokens)
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+    base = model.base_model
+    assert torch.equal(base(ids, return_dict=False)[0], base(ids).last_hidden_state)

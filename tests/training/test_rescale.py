@@ -6,6 +6,14 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny, token_ids
 from torch import nn
+from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
+    BitNetConfig,
+    BitNetForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+)
 
 from analog_plugin import AnalogScheme, convert_to_analog
 from analog_plugin.layers import AnalogLinear, digital_layers
@@ -117,3 +125,34 @@ def test_rescaling_repeats_exactly():
     assert rescale_model(analog(), batches(), PCMNoise()) == rescale_model(
         analog(), batches(), PCMNoise()
     )
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "options", "groups"),
+    [
+        (GemmaForCausalLM, GemmaConfig, {"head_dim": 16}, 2),
+        (ArceeForCausalLM, ArceeConfig, {}, 2),
+        (BitNetForCausalLM, BitNetConfig, {}, 0),
+    ],
+    ids=["norm of 1 + weight", "activation without a gate", "norms within"],
+)
+def test_what_only_looks_like_a_llama_keeps_its_function(
+    model_class, config_class, options, groups
+):
+    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1,
+             "eos_token_id": 2}  # fmt: skip
+    torch.manual_seed(0)
+    model = model_class(config_class(**shape, **options)).eval().double()
+    wanted = model(token_ids()).logits
+    found = list(fold_groups(model))
+    for group in found:
+        size = model.get_submodule(group.producer).weight[group.rows].shape[0]
+        fold(model, group, torch.linspace(0.5, 2, size, dtype=torch.float64))
+    assert len(found) == groups
+    torch.testing.assert_close(model(token_ids()).logits, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_inputs_without_a_dac_need_no_ranges():
+    scheme = SCHEME.replace(input_bits=None, output_bits=None, range_init="output")
+    assert rescale_model(convert_to_analog(with_outliers(tiny()), scheme), batches(), PCMNoise())

@@ -18,10 +18,12 @@ from analog_plugin import (
     train_analog,
 )
 from analog_plugin.checkpoint import plain_view
+from analog_plugin.checkpoint.plain import plain_input_scales
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity, choose_digital
 from analog_plugin.layers import analog_layers, digital_layers, keep_digital, model_scheme
 from analog_plugin.layers.prefix import installed_prefix, remove_prefix
+from analog_plugin.noise import PCMNoise
 from analog_plugin.presets import resolve_scheme
 from analog_plugin.training.bound import choose_out_bound
 from analog_plugin.training.outputs import search_output_ranges
@@ -234,6 +236,14 @@ def test_a_prefix_without_plain_ranges_is_not_saved(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_layer_that_no_input_reaches_is_named():
+    model = tiny()
+    model.spare = torch.nn.Linear(8, 8)
+    convert_to_analog(model, AnalogScheme(out_bound=4.0, range_init="output"))
+    with pytest.raises(AnalogError, match="reached spare; keep it digital"):
+        prepare_start(model, batches(), ROWS, None)
+
+
 def test_wrong_questions_are_refused():
     model = analog(out_bound=4.0)
     for options, message in (({"by": "head"}, "layer or kind"), ({"parts": ["dac"]}, "no part")):
@@ -283,3 +293,83 @@ def test_a_wrong_assignment_is_one_sentence(text, message, tmp_path):
         path.write_text(text)
     with pytest.raises(AnalogError, match=message):
         train_analog(tiny(), recipe(assignment=str(path)), dataset=ROWS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"overrides": {"q_proj": {"range_init": "mse"}}},
+        {"overrides": {"o_proj": {"output_bits": None}}},
+        {"overrides": {"o_proj": {"input_bits": None, "output_bits": None}}},
+        {"output_bits": None, "overrides": {"o_proj": {"output_bits": 8}}},
+        {"input_bits": None, "output_bits": None},
+    ],
+    ids=["criterion", "no ADC", "no DAC", "only ADC", "no DAC at all"],
+)
+def test_layers_may_differ_in_converters_and_criterion(change, tmp_path):
+    model = tiny()
+    result = train_analog(model, recipe(scheme=PLUS | change, training=None), dataset=ROWS)
+    save_checkpoint(model, tmp_path / "out", result=result)
+    assert torch.equal(logits(load_checkpoint(tmp_path / "out")), logits(model))
+
+
+def test_ranges_found_in_training_do_not_skip_the_other_levers():
+    scheme = {"preset": "AFM", "out_bound": None, "rescale": "noise-aware"}
+    result = train_analog(tiny(), recipe(scheme=scheme), dataset=ROWS)
+    assert {"rescaled", "kl_at_bound"} <= result.training["start"].keys()
+
+
+def test_rows_of_one_token_are_refused():
+    with pytest.raises(AnalogError, match="two tokens"):
+        train_analog(tiny(), recipe(), dataset=ROWS[:, :1])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_sensitivity_leaves_programmed_weights_alone_even_when_interrupted(error):
+    class Failing:
+        def program(self, weight, generator):
+            raise error
+
+    model = analog(out_bound=4.0, range_init="max")
+    calibrate_ranges(model, batches())
+    layers = [layer for _, layer in analog_layers(model)]
+    for layer in layers:
+        layer.program(PCMNoise(), 0)
+    before = [(layer.programmed_weight, layer.scheme, layer.digital) for layer in layers]
+    analyze_sensitivity(model, token_ids())
+    with pytest.raises(error):
+        analyze_sensitivity(model, token_ids(), noise=Failing())
+    after = [(layer.programmed_weight, layer.scheme, layer.digital) for layer in layers]
+    assert all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(after, before, strict=True))
+
+
+def test_the_part_of_outputs_costs_nothing_without_an_adc():
+    model = analog(output_bits=None, range_init="max")
+    calibrate_ranges(model, batches())
+    report = analyze_sensitivity(model, token_ids(), by="kind", parts=("outputs",))
+    assert all(row.kl == pytest.approx(0, abs=1e-6) for row in report.rows)
+
+
+def test_plain_ranges_need_data_and_survive_a_cast():
+    model = analog(out_bound=4.0)
+    with pytest.raises(AnalogError, match="empty"):
+        calibrate_plain_ranges(model, [])
+    calibrate_plain_ranges(model, batches())
+    layer = next(layer for _, layer in analog_layers(model))
+    wanted = layer.plain_range.clone()
+    model.to(torch.bfloat16)
+    assert layer.plain_range.dtype == torch.float32 and torch.equal(layer.plain_range, wanted)
+
+
+def test_plain_loaders_are_told_nothing_of_dacs_of_two_kinds():
+    model = analog(out_bound=4.0, overrides={"down_proj": {"input_range": "dynamic"}})
+    calibrate_ranges(model, batches())
+    assert plain_input_scales(model) == {}
+
+
+def test_only_like_dacs_share_a_range():
+    groups, change = (("q_proj", "k_proj", "v_proj"),), {"q_proj": {"input_range": "dynamic"}}
+    model = analog(out_bound=4.0, tie_ranges=groups, overrides=change)
+    q, k, v = [layer for _, layer in analog_layers(model)][:3]
+    assert k.input_range is v.input_range is not q.input_range
+    assert k.input_range.requires_grad and k.owns_range and not v.owns_range
