@@ -3,17 +3,19 @@
 Tokens, evaluation blocks, metrics and device errors are those of `reference.py`, which runs the
 published method with aihwkit-lightning: figures compare seed by seed.
 
-    python benchmarks/start.py [--variants all,prefix,rescale,...] [--steps 80] [--tokens 40960]
+    python benchmarks/start.py [--variants all,prefix,rescale,...] [--steps 0,40,80,176]
         [--blocks 40] [--seeds 10] [--threads 2] [--output benchmarks/results/start.json]
 
-`all` is the preset; every other variant is the preset with one lever left out. `--steps 0` does not
-train. Prints a Markdown table; writes every cell as JSON, anew after each variant, and goes on from
+`all` is the preset; every other variant is the preset with one lever left out. Each number of steps
+(of 512 tokens; 0 does not train) is a run of its own, from the same start and with its own
+schedule. Prints a Markdown table; writes every cell as JSON, anew after each run, and goes on from
 there when started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -23,11 +25,18 @@ from typing import Any
 
 import torch
 
-from analog_plugin import AnalogRecipe, train_analog
+from analog_plugin import AnalogRecipe, evaluate_noise, train_analog
+from analog_plugin.data import evaluation_tokens
 from analog_plugin.demo import resolve_model
+from analog_plugin.evaluation import NoiseReport, Reference
+from analog_plugin.layers import analog_layers, model_scheme
+from analog_plugin.layers.prefix import install_prefix, installed_prefix
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer
 
 MODEL = "demo:smollm2-135m-instruct"
+LENGTH, ROWS, BLOCK_LENGTH = 128, 4, 256
+#: Tokens to calibrate on, and to train on where the steps do not need more.
+TOKENS = 40_960
 #: The scheme's fields that leave one lever out.
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -39,8 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "digital layers": {"digital_share": 0.0},
 }
 TRAINING = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 2.0e-4,
+    "per_device_train_batch_size": ROWS,
+    "learning_rate": 1.0e-4,
     "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
     "bf16": True,
@@ -50,65 +59,84 @@ TRAINING = {
 }
 
 
-def recipe(variant: str, arguments: argparse.Namespace) -> AnalogRecipe:
-    scheme = {"preset": "AFM_PLUS", "clip_sigma": arguments.clip_sigma} | VARIANTS[variant]
-    training = TRAINING | {"max_steps": arguments.steps} if arguments.steps else None
+def recipe(variant: str, steps: int) -> AnalogRecipe:
     return AnalogRecipe.parse(
         {
-            "scheme": scheme,
-            "data": {"tokens": arguments.tokens, "sequence_length": 128, "batch_size": 80},
-            "training": training,
-            "evaluation": {"blocks": arguments.blocks, "length": 256, "seeds": arguments.seeds},
+            "scheme": {"preset": "AFM_PLUS"} | VARIANTS[variant],
+            "data": {
+                "tokens": max(TOKENS, steps * ROWS * LENGTH),
+                "sequence_length": LENGTH,
+                "batch_size": 80,
+            },
+            "training": TRAINING | {"max_steps": steps} if steps else None,
+            "evaluation": None,
         }
     )
 
 
-def run(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(variant: str, steps: int, blocks: int, seeds: int) -> dict[str, Any]:
+    """One model, made and measured."""
     source = resolve_model(MODEL)
-    model = load_causal_lm(source, name=MODEL, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(source)
+    original = load_causal_lm(source, name=MODEL, dtype=torch.float32).eval()
+    model = copy.deepcopy(original)
+    result = train_analog(model, recipe(variant, steps), tokenizer=tokenizer)
+    prefix = installed_prefix(model)
+    if prefix is not None:
+        install_prefix(original, prefix)
+    tokens = evaluation_tokens(tokenizer, blocks, BLOCK_LENGTH)
     start = time.perf_counter()
-    result = train_analog(model, recipe(variant, arguments), tokenizer=load_tokenizer(source))
-    means = {
-        name: {
-            noise: {m: [r.mean(noise, m), r.std(noise, m)] for m in ("kl", "perplexity")}
-            for noise in ("none", "pcm")
-        }
-        for name, r in result.reports.items()
-    }
+    report = evaluate_noise(
+        model, tokens, (None, "pcm"), seeds, reference=Reference.of(original, tokens)
+    )
+    analog = sum(layer.weight.numel() for _, layer in analog_layers(model))
+    linear = sum(
+        module.weight.numel()
+        for name, module in original.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
     return {
-        "means": means,
+        "digital_share": round(1 - analog / linear, 4),
+        "out_bound": model_scheme(model).out_bound,
         "training": result.training,
-        "reports": {name: report.to_dict() for name, report in result.reports.items()},
-        "seconds": round(time.perf_counter() - start, 1),
+        "evaluation_seconds": round(time.perf_counter() - start, 1),
+        "report": report.to_dict(),
     }
 
 
 def table(runs: dict[str, Any]) -> str:
-    lines = ["| without | model | KL | KL, pcm | perplexity, pcm | prepared in |"]
-    lines.append("|---|---|---|---|---|---|")
-    for variant, record in runs.items():
-        for name, noises in record["means"].items():
-            clean, noisy = noises["none"]["kl"][0], noises["pcm"]
-            kl, perplexity = (
-                f"{noisy[m][0]:.3f} ± {noisy[m][1]:.3f}" for m in ("kl", "perplexity")
-            )
-            seconds = record["training"]["seconds"]["calibration"]
-            left_out = "–" if variant == "all" else variant
-            lines.append(
-                f"| {left_out} | {name} | {clean:.3f} | {kl} | {perplexity} | {seconds:.0f} s |"
-            )
+    lines = [
+        "| without | training tokens | KL | KL, pcm | perplexity, pcm | digital | prepared in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, record in runs.items():
+        variant = key.rpartition("/")[0]
+        report = NoiseReport.from_dict(record["report"])
+        kl, perplexity = (
+            f"{report.mean('pcm', m):.3f} ± {report.std('pcm', m):.3f}"
+            for m in ("kl", "perplexity")
+        )
+        training = record["training"]
+        cells = [
+            "–" if variant == "all" else variant,
+            f"{training['tokens']:,}",
+            f"{report.mean('none', 'kl'):.3f}",
+            kl,
+            perplexity,
+            f"{record['digital_share']:.1%}",
+            f"{training['seconds']['calibration']:.0f} s",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=40_960)
-    parser.add_argument("--blocks", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--clip-sigma", type=float, default=12.0)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--steps", default="0", help="numbers of training steps: 0,80")
+    parser.add_argument("--blocks", type=int, default=40, help="of 256 tokens to evaluate on")
+    parser.add_argument("--seeds", type=int, default=10, help="number of noise seeds")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/start.json"))
     arguments = parser.parse_args()
     chosen = arguments.variants.split(",")
@@ -117,20 +145,29 @@ def main() -> None:
             parser.error(f"there is no variant {variant!r}; known: {', '.join(VARIANTS)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "variants")}
+    packages = ("analog-plugin", "torch", "transformers")
+    settings = {
+        "model": f"{MODEL}, float32, lm_head digital",
+        "evaluation": f"{arguments.blocks} blocks of {BLOCK_LENGTH} tokens of pydoc_data.topics",
+        "noise_seeds": arguments.seeds,
+        "training": TRAINING,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+    }
     record: dict[str, Any] = {"settings": settings, "runs": {}}
     if arguments.output.exists():
         before = json.loads(arguments.output.read_text())
         if before["settings"] == settings:
             record = before
-    packages = ("analog-plugin", "torch", "transformers")
-    record["versions"] = {"python": platform.python_version()} | {n: version(n) for n in packages}
     for variant in chosen:
-        if variant not in record["runs"]:
-            record["runs"][variant] = run(variant, arguments)
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(table({variant: record["runs"][variant] for variant in chosen}))
+        for steps in map(int, arguments.steps.split(",")):
+            key = f"{variant}/{steps}"
+            if key not in record["runs"]:
+                made = run(variant, steps, arguments.blocks, arguments.seeds)
+                record["runs"][key] = made
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record["runs"]))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_every_row_of_the_table_is_explained(shelf):
     explained = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     card = (shelf / "demo-out" / "README.md").read_text(encoding="utf-8")
     table = [line.split("|")[1].strip() for line in card.splitlines() if line.startswith("|")][2:]
-    assert len(set(table)) == 4
+    assert len(set(table)) == 5
     for row in set(table):
         assert f"| {row} |" in explained
 

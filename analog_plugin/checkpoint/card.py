@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from analog_plugin.checkpoint.plain import plain_input_scales, plain_layers
 from analog_plugin.layers import analog_layers, model_scheme
 from analog_plugin.scheme import AnalogScheme
 
@@ -49,7 +50,8 @@ def result_table(result: Any) -> str:
         "*original, digital*: the unchanged model without converters; under noise, the noise "
         "alone. *off the shelf*: on the analog hardware with the published input ranges. "
         "*original*: prepared as the scheme says, before training. *analog-trained*: the same "
-        "hardware, tiles, converters and seeds after training.",
+        "hardware, tiles, converters and seeds after training. *loaded plainly*: what loaders "
+        "without analog-plugin make of this directory; no ADC, no noise.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -121,7 +123,9 @@ def _training(scheme: AnalogScheme, result: Any | None) -> list[str]:
 def _start(scheme: AnalogScheme) -> list[str]:
     lines = []
     if scheme.prefix is not None:
-        lines.append("- digital prefix: keys and values of the first token, in full precision")
+        count = scheme.prefix if isinstance(scheme.prefix, int) else len(scheme.prefix)
+        tokens = "token" if count == 1 else f"{count} tokens"
+        lines.append(f"- digital prefix: keys and values of the first {tokens}, in full precision")
     if scheme.rescale is not None:
         lines.append(f"- rescaling of channels: {scheme.rescale}")
     digital = [pattern for pattern, change in scheme.overrides if change == "digital"]
@@ -161,21 +165,30 @@ def _measured(result: Any | None) -> list[str]:
 
 def _limits(model: nn.Module, profile: str) -> list[str]:
     layers = [layer for _, layer in analog_layers(model)]
+    quantized = plain_layers(model)
+    kept = [name for name, _ in analog_layers(model) if name not in quantized]
     lines = ["## Limits", ""]
-    if any(layer.plain_range is not None for layer in layers):
+    if quantized and kept:
         lines.append(
-            "- Plain loaders know no digital prefix: one input range a layer, the first token's "
-            "massive activations in it, is written for them, which costs accuracy."
+            "- For plain loaders these layers are not quantized, since the first tokens' massive "
+            f"activations would take the range from all others: {', '.join(kept)}."
         )
-    elif any(len(layer.tiles) > 1 for layer in layers):
+    if plain_input_scales(model):
+        if any(layer.plain_range is not None for layer in layers):
+            lines.append(
+                "- Plain loaders know no digital prefix: one input range a layer, the first "
+                "tokens' massive activations in it, is written for them, which costs accuracy."
+            )
+        elif any(len(layer.tiles) > 1 for layer in layers):
+            lines.append(
+                "- Plain loaders know one input range a layer: the largest of its tiles is written "
+                "for them, which costs accuracy against the analog model's range per tile."
+            )
+        levels = layers[0].scheme.input_levels
         lines.append(
-            "- Plain loaders know one input range a layer: the largest of its tiles is written for "
-            "them, which costs accuracy against the analog model's range per tile."
+            f"- Plain loaders quantize inputs to [-{levels + 1}, {levels}], the analog DAC to "
+            f"±{levels}: a value clipped below the range differs by one code."
         )
-    lines.append(
-        "- Plain loaders quantize inputs to [-128, 127], the analog DAC to ±127: a value clipped "
-        "below the range differs by one code."
-    )
     if profile == "analog-fp":
         lines.append("- The directory's digital reading has neither ADC nor noise.")
     return lines

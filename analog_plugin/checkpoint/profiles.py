@@ -10,11 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from analog_plugin.checkpoint.layout import STATE_FILE, VERSION, sha256_of
-from analog_plugin.checkpoint.plain import (
-    plain_input_scales,
-    plain_quantizes_inputs,
-    quantize_rows,
-)
+from analog_plugin.checkpoint.plain import plain_input_scales, plain_layers, quantize_rows
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import AnalogConv1D, analog_layers, model_scheme
 from analog_plugin.layers.prefix import installed_prefix
@@ -34,7 +30,7 @@ def write_analog_fp(model: Any, directory: Path) -> Mapping[str, Any]:
     layers = dict(analog_layers(model))
     state = _digital_state(model)
     quantization = None
-    if plain_quantizes_inputs(model):
+    if plain_layers(model):
         for name, scale in plain_input_scales(model).items():
             state[f"{name}.input_scale"] = scale
         quantization = _quantization_config(model, "dense", None)
@@ -86,7 +82,7 @@ def write_w8a8(model: Any, directory: Path) -> None:
     """int8 weights with one scale a channel, and static 8-bit inputs; purely digital."""
     scales = plain_input_scales(model)
     state = _digital_state(model)
-    for name, layer in analog_layers(model):
+    for name, layer in plain_layers(model).items():
         codes, scale = quantize_rows(layer.weight, 8)
         state[f"{name}.weight"] = codes
         state[f"{name}.weight_scale"] = scale
@@ -142,7 +138,7 @@ def _quantization_config(
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
-    layers = dict(analog_layers(model))
+    layers = plain_layers(model)
     scheme = next(iter(layers.values())).scheme
     assert scheme.input_bits is not None
     inputs = _arguments(scheme.input_bits)

@@ -50,8 +50,13 @@ class NoiseReport:
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, one record a cell."""
+        """Plain values, one record a cell; :meth:`from_dict` reads them back."""
         return {"cells": [asdict(cell) for cell in self.cells]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NoiseReport:
+        """A report from what :meth:`to_dict` gave, as ``analog/training.json`` holds it."""
+        return cls([NoiseCell(**cell) for cell in values["cells"]])
 
 
 @torch.no_grad()

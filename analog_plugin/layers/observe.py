@@ -2,23 +2,74 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from analog_plugin.errors import AnalogError
+from analog_plugin.layers.convert import digital_layers
+from analog_plugin.modes import evaluation_mode
+from analog_plugin.progress import progress_bar
 
 #: Called with a layer's input [..., in] and the [T] mask of the tokens that count, or None.
 Observer = Callable[[Tensor, Tensor | None], None]
 
 
-@contextlib.contextmanager
-def observed(layers: Mapping[str, Any], observers: Mapping[str, Observer]) -> Iterator[None]:
-    """Within this context each layer's inputs go to the observer of the same name."""
+@torch.no_grad()
+def observe_inputs(
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    observers: Mapping[str, Observer],
+    batches: Iterable[Mapping[str, Tensor]],
+    desc: str,
+    total: int | None = None,
+) -> None:
+    """Run ``batches`` in digital operation; each layer's inputs go to the observer of its name.
+
+    Args:
+        model: A model with analog layers; converters and noise are off meanwhile.
+        layers: The analog layers by name.
+        observers: By the same names.
+        batches: Keyword arguments of the model's forward.
+        desc: Shown with the progress bar.
+        total: Number of batches, for the progress bar.
+
+    Raises:
+        AnalogError: There is no batch.
+    """
+    count = 0
+    options: dict[str, Any] = {"use_cache": False}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head not in layers.values() and "logits_to_keep" in signature(model.forward).parameters:
+        options["logits_to_keep"] = 1  # the others are for nothing
     try:
         for name, observer in observers.items():
             layers[name].observer = observer
-        yield
+        with evaluation_mode(model), digital_layers(model):
+            for batch in progress_bar(batches, desc=desc, total=total):
+                model(**batch, **options)
+                count += 1
     finally:
         for name in observers:
             layers[name].observer = None
+    if count == 0:
+        raise AnalogError("The calibration data is empty; give at least one batch of tokens.")
+
+
+def unreached(name: str) -> AnalogError:
+    """The error for a layer whose inputs no batch told."""
+    return AnalogError(
+        f"No calibration input reached {name}; keep it digital with ignore: [{name}]."
+    )
+
+
+def static_inputs(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Those of ``layers`` (pairs of name and layer) whose DAC has a range of its own."""
+    return {
+        name: layer
+        for name, layer in layers
+        if layer.scheme.input_bits is not None and layer.scheme.input_range != "dynamic"
+    }

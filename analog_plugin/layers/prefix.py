@@ -11,7 +11,8 @@ repeated: nothing attends to them, and their final hidden states are the stored,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,18 @@ def remove_prefix(model: Any) -> None:
         del module.prefix_key, module.prefix_value, module.digital_prefix
     del model.base_model.digital_prefix
     model.set_attn_implementation(runtime.implementation)
+
+
+@contextlib.contextmanager
+def without_prefix(model: Any) -> Iterator[None]:
+    """Within this context ``model`` has no prefix."""
+    prefix = installed_prefix(model)
+    remove_prefix(model)
+    try:
+        yield
+    finally:
+        if prefix is not None:
+            install_prefix(model, prefix)
 
 
 def installed_prefix(model: Any) -> Prefix | None:

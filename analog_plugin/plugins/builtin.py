@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from analog_plugin.plugins.hookspecs import hookimpl
 from analog_plugin.plugins.types import Evaluator, Exporter, LayerType, NoiseModel, Preset
@@ -43,11 +44,14 @@ def analog_layers() -> Iterable[LayerType]:
 @hookimpl
 def analog_exporters() -> Iterable[Exporter]:
     """The deploy profiles."""
+    from analog_plugin.checkpoint.plain import plain_reading
     from analog_plugin.checkpoint.profiles import check_w8a8, write_analog_fp, write_w8a8
 
-    yield Exporter("analog-fp", write_analog_fp, "full-precision weights and the analog state")
+    full = "full-precision weights and the analog state"
+    yield Exporter("analog-fp", write_analog_fp, full, reading=plain_reading)
     digital = "int8 weights and static 8-bit inputs, purely digital"
-    yield Exporter("w8a8", write_w8a8, digital, check_w8a8)
+    int8_reading = partial(plain_reading, weight_bits=8)
+    yield Exporter("w8a8", write_w8a8, digital, check_w8a8, int8_reading)
 
 
 @hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +66,15 @@ class Exporter:
         summary: One line for help texts.
         check: Called as ``check(model)`` with the analog model before it is trained, and again
             before it is written; raises ``AnalogError`` where the profile cannot hold the model.
+        reading: Called as ``reading(model)``; gives a context within which the model computes what
+            loaders without this package make of the profile, to be measured. None: not measured.
     """
 
     name: str
     write: Callable[..., Mapping[str, Any] | None]
     summary: str = ""
     check: Callable[[Any], None] = lambda model: None
+    reading: Callable[[Any], AbstractContextManager[None]] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analog_plugin.errors import AnalogError
-from analog_plugin.layers import analog_layers, digital_layers
-from analog_plugin.layers.observe import Observer, observed
-from analog_plugin.modes import evaluation_mode
+from analog_plugin.layers import analog_layers
+from analog_plugin.layers.observe import Observer, observe_inputs, static_inputs, unreached
 from analog_plugin.ops.matmul import column_maximum
 from analog_plugin.progress import progress_bar
 from analog_plugin.scheme import AnalogScheme
@@ -36,7 +34,7 @@ def search_output_ranges(
     bounds: Sequence[float],
     total: int | None = None,
 ) -> RangeTable:
-    """Find the ranges of all layers for each of several ADC bounds β; nothing is set.
+    """Find the ranges of the ``range_init: output`` layers for several ADC bounds β; none is set.
 
     Args:
         model: A model with analog layers, whose inputs are observed in digital operation.
@@ -47,11 +45,9 @@ def search_output_ranges(
     Raises:
         AnalogError: No input reached a layer.
     """
-    layers = {
-        name: layer
-        for name, layer in analog_layers(model)
-        if layer.scheme.input_levels is not None and layer.scheme.input_range != "dynamic"
-    }
+    layers = static_inputs(
+        (name, layer) for name, layer in analog_layers(model) if layer.scheme.range_init == "output"
+    )
     samples = sample_inputs(model, layers, batches, total)
     # Layers that share a range read the same input, and choose together.
     shared: dict[int, list[str]] = {}
@@ -59,10 +55,7 @@ def search_output_ranges(
         shared.setdefault(id(layer.input_range), []).append(name)
     for names in shared.values():
         if names[0] not in samples:
-            raise AnalogError(
-                f"No calibration input reached {names[0]}; keep it digital with ignore: "
-                f"[{names[0]}]."
-            )
+            raise unreached(names[0])
     table: RangeTable = {bound: {} for bound in bounds}
     for names in progress_bar(list(shared.values()), desc="Searching input ranges"):
         found = best_ranges([layers[name] for name in names], samples.pop(names[0]), bounds)
@@ -149,7 +142,5 @@ def sample_inputs(
         return observe
 
     observers = {name: keep(name) for name in layers}
-    with evaluation_mode(model), digital_layers(model), observed(layers, observers):
-        for batch in progress_bar(batches, desc="Observing inputs", total=total):
-            model(**batch, use_cache=False)
+    observe_inputs(model, layers, observers, batches, "Observing inputs", total)
     return {name: torch.cat(rows) for name, rows in kept.items() if rows}

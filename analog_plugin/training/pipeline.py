@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from analog_plugin.data import evaluation_tokens, generate_dataset, load_tokens
 from analog_plugin.data.limits import check_sequence_length, check_token_ids
 from analog_plugin.errors import AnalogError
-from analog_plugin.evaluation.fidelity import Reference
-from analog_plugin.evaluation.noise import NoiseReport, evaluate_noise
+from analog_plugin.evaluation.fidelity import Reference, fidelity
+from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, evaluate_noise
 from analog_plugin.layers import analog_layers, convert_to_analog, to_digital
 from analog_plugin.layers.prefix import install_prefix, prefix_tokens, remove_prefix
+from analog_plugin.modes import evaluation_mode
 from analog_plugin.noise import resolve_noise
 from analog_plugin.plugins import exporters, lookup
+from analog_plugin.plugins.types import Exporter
 from analog_plugin.presets import resolve_scheme
 from analog_plugin.recipe import AnalogRecipe, split_training
 from analog_plugin.training.ranges import calibrate_plain_ranges
@@ -39,7 +41,8 @@ class AnalogResult:
         recipe: The settings in force.
         reports: Measurements by name: ``"original, digital"`` (converters off; under noise: the
             noise alone), ``"off the shelf"`` (published ranges, nothing else; measured where the
-            scheme prepares more), ``"original"`` (prepared, untrained), ``"analog-trained"``.
+            scheme prepares more), ``"original"`` (prepared, untrained), ``"analog-trained"``, and
+            ``"loaded plainly"`` (what loaders without this package make of the deploy profile).
         training: Steps, tokens, seeds, times in seconds, package versions, loss history, and under
             ``start`` what :func:`~analog_plugin.training.start.prepare_start` did.
     """
@@ -87,7 +90,8 @@ def train_analog(
     start: dict[str, Any] = {}
     convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
     with _digital_again_on_error(model, teacher):
-        lookup(exporters(), recipe.deploy.profile, "deploy profile").check(model)
+        exporter = lookup(exporters(), recipe.deploy.profile, "deploy profile")
+        exporter.check(model)
         prefix = None
         if scheme.prefix is not None:
             prefix = install_prefix(teacher, prefix_tokens(teacher, scheme.prefix))
@@ -96,7 +100,7 @@ def train_analog(
             rows = _training_tokens(teacher, recipe, tokenizer, dataset)
         batches, held_out = _calibration_batches(model, rows, recipe)
         with _timed(times, "evaluation"):
-            measure = _Measurement(teacher, result, tokens)
+            measure = measure_plain = _Measurement(teacher, result, tokens)
             measure("original, digital", converters=False)
             if tokens is not None and prepares(scheme):
                 with published_start(model, batches, held_out):
@@ -121,6 +125,8 @@ def train_analog(
     if scheme.prefix is not None:
         with _timed(times, "calibration"):
             calibrate_plain_ranges(model, batches)
+    with _timed(times, "evaluation"):
+        measure_plain.reading(exporter)
     layers = dict(analog_layers(model))
     result.training = {
         "steps": run.steps,
@@ -160,6 +166,15 @@ class _Measurement:
             label=name,
             **options,
         )
+
+    def reading(self, exporter: Exporter) -> None:
+        """Measure what loaders without this package will make of the profile."""
+        if self.settings is None or self.tokens is None or exporter.reading is None:
+            return
+        model, size = self.result.model, self.settings.batch_size
+        with exporter.reading(model), evaluation_mode(model):
+            metrics = dict(fidelity(model, self.tokens, self.reference, size))
+        self.result.reports["loaded plainly"] = NoiseReport([NoiseCell("none", None, metrics)])
 
 
 def _evaluation_tokens(model: nn.Module, recipe: AnalogRecipe, tokenizer: Any) -> Tensor | None:

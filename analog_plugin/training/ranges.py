@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
-from analog_plugin.layers import analog_layers, digital_layers
+from analog_plugin.layers import analog_layers
 from analog_plugin.layers.base import RANGE_FLOOR
-from analog_plugin.layers.observe import observed
-from analog_plugin.layers.prefix import install_prefix, installed_prefix, remove_prefix
-from analog_plugin.modes import evaluation_mode
+from analog_plugin.layers.observe import observe_inputs, static_inputs, unreached
+from analog_plugin.layers.prefix import without_prefix
 from analog_plugin.ops.histogram import MagnitudeHistogram
-from analog_plugin.progress import progress_bar
 from analog_plugin.scheme import AnalogScheme
 
 
@@ -48,35 +46,26 @@ def calibrate_ranges(
         AnalogError: There is no batch, a layer was not reached by any, or ``range_init`` is
             ``"output"`` (see :func:`~analog_plugin.training.start.prepare_start`).
     """
-    layers = {name: layer for name, layer in analog_layers(model) if names is None or name in names}
-    if any(layer.scheme.range_init == "output" for layer in layers.values()):
+    chosen = {name: layer for name, layer in analog_layers(model) if names is None or name in names}
+    if any(layer.scheme.range_init == "output" for layer in chosen.values()):
         raise AnalogError(
             "Ranges of range_init: output depend on the ADC's bound; call prepare_start(model, "
             "batches, held_out, noise), which finds both."
         )
-    histograms: dict[str, MagnitudeHistogram] = {}
-    for name, layer in layers.items():
-        if layer.scheme.input_bits is None or layer.scheme.input_range == "dynamic":
-            continue
-        histograms[name] = MagnitudeHistogram(layer.tiles, layer.weight.device)
-    if not histograms:
+    layers = static_inputs(chosen.items())
+    if not layers:
         return {}
-    count = 0
+    histograms = {
+        name: MagnitudeHistogram(layer.tiles, layer.weight.device) for name, layer in layers.items()
+    }
     observers = {name: histogram.update for name, histogram in histograms.items()}
-    with evaluation_mode(model), digital_layers(model), observed(layers, observers):
-        for batch in progress_bar(batches, desc="Calibrating input ranges", total=total):
-            model(**batch, use_cache=False)
-            count += 1
-    if count == 0:
-        raise AnalogError("The calibration data is empty; give at least one batch of tokens.")
+    observe_inputs(model, layers, observers, batches, "Calibrating input ranges", total)
     shared: dict[int, Tensor] = {}
     for name, histogram in histograms.items():
         histogram.merge_processes()
         layer = layers[name]
         if not bool((histogram.moments[:, 0] > 0).all()):
-            raise AnalogError(
-                f"No calibration input reached {name}; keep it digital with ignore: [{name}]."
-            )
+            raise unreached(name)
         found = pick_range(histogram, layer.scheme)
         known = shared.get(id(layer.input_range))
         shared[id(layer.input_range)] = found if known is None else torch.maximum(found, known)
@@ -101,20 +90,9 @@ def calibrate_plain_ranges(model: Any, batches: Iterable[Mapping[str, Tensor]]) 
         for name, layer in layers.items()
         if layer.scheme.input_levels is not None
     }
-    count = 0
-    prefix = installed_prefix(model)
-    remove_prefix(model)
-    try:
-        observers = {name: histogram.update for name, histogram in histograms.items()}
-        with evaluation_mode(model), digital_layers(model), observed(layers, observers):
-            for batch in progress_bar(batches, desc="Calibrating plain ranges"):
-                model(**batch, use_cache=False)
-                count += 1
-    finally:
-        if prefix is not None:
-            install_prefix(model, prefix)
-    if count == 0:
-        raise AnalogError("The calibration data is empty; give at least one batch of tokens.")
+    observers = {name: histogram.update for name, histogram in histograms.items()}
+    with without_prefix(model):
+        observe_inputs(model, layers, observers, batches, "Calibrating plain ranges")
     for name, histogram in histograms.items():
         histogram.merge_processes()
         found = histogram.range_mse(layers[name].scheme.input_levels)

@@ -130,8 +130,5 @@ def _ranges(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> RangeTable |
     bound = model_scheme(model).out_bound
     bounds = CANDIDATES if bound is None else (bound,)
     table = search_output_ranges(model, batches, bounds, len(batches))
-    for found in table.values():
-        for name in others:
-            found.pop(name, None)
     set_ranges(model, table[bounds[-1]])
     return table

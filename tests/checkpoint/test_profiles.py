@@ -20,6 +20,8 @@ from analog_plugin import (
 from analog_plugin.checkpoint import plain_view
 from analog_plugin.layers import analog_layers
 from analog_plugin.noise import resolve_noise
+from analog_plugin.training.ranges import calibrate_plain_ranges
+from analog_plugin.training.start import prepare_start
 
 PROFILES = pytest.mark.parametrize(("profile", "bits"), [("analog-fp", None), ("w8a8", 8)])
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -117,6 +119,49 @@ def test_layers_that_stay_digital_are_not_quantized(profile, bits, make_analog, 
     assert "lm_head" in config(directory)["quantization_config"]["ignore"]
     plain = AutoModelForCausalLM.from_pretrained(directory)
     assert torch.equal(logits(plain), logits(plain_view(model, bits)))
+
+
+@pytest.fixture
+def with_outliers():
+    """A model with a digital prefix, whose first token has massive activations in two layers."""
+    model = convert_to_analog(tiny(), AnalogScheme(prefix=1, tile_rows=32, range_init="max"))
+    batches = [{"input_ids": token_ids()}]
+    prepare_start(model, batches, token_ids(), None)
+    calibrate_plain_ranges(model, batches)
+    for name in ("mlp.down_proj", "self_attn.k_proj"):
+        layer = model.model.layers[1].get_submodule(name)
+        layer.plain_range = layer.input_range.detach().max().reshape(1) * 8.1
+    return model.eval()
+
+
+@PROFILES
+def test_layers_with_massive_activations_are_not_quantized(profile, bits, with_outliers, tmp_path):
+    directory = save_checkpoint(with_outliers, tmp_path / "out", profile=profile)
+    parts = ("mlp.down_proj", *(f"self_attn.{x}_proj" for x in "qkv"))
+    kept = {f"model.layers.1.{part}" for part in parts}
+    assert set(config(directory)["quantization_config"]["ignore"]) == kept | {"lm_head"}
+    state = tensors(directory)
+    for name, layer in analog_layers(with_outliers):
+        assert (f"{name}.input_scale" in state) == (name not in kept)
+        if name in kept:
+            assert torch.equal(state[f"{name}.weight"], layer.weight)
+    assert all(name in (directory / "README.md").read_text() for name in kept)
+    plain = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(logits(plain), logits(plain_view(with_outliers, bits)))
+    if profile == "analog-fp":
+        assert torch.equal(logits(load_checkpoint(directory)), logits(with_outliers))
+
+
+@PROFILES
+def test_where_every_layer_has_massive_activations_all_are_quantized(
+    profile, bits, with_outliers, tmp_path
+):
+    for _, layer in analog_layers(with_outliers):
+        layer.plain_range = layer.input_range.detach().max().reshape(1) * 100
+    directory = save_checkpoint(with_outliers, tmp_path / "out", profile=profile)
+    assert config(directory)["quantization_config"]["ignore"] == ["lm_head"]
+    plain = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(logits(plain), logits(plain_view(with_outliers, bits)))
 
 
 @PROFILES

@@ -151,7 +151,9 @@ def test_a_single_value_has_no_deviation_and_none_has_no_mean():
 
 def test_a_report_becomes_plain_values(model, tokens):
     report = evaluate_noise(model, tokens, (None, "pcm"), [7])
-    records = json.loads(json.dumps(report.to_dict()))["cells"]
+    written = json.loads(json.dumps(report.to_dict()))
+    assert NoiseReport.from_dict(written) == report
+    records = written["cells"]
     assert [(record["noise"], record["seed"]) for record in records] == [("none", None), ("pcm", 7)]
     assert [record["metrics"] for record in records] == [cell.metrics for cell in report.cells]
 

@@ -66,9 +66,10 @@ def test_a_run_over_an_old_checkpoint_shows_its_table_and_replaces_it(
 
     table = [line for line in result.stdout.splitlines() if line.startswith("|")]
     rows = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("|")]
-    assert table == rows and len(table) == 2 + 3 * 2 + 1
+    assert table == rows and len(table) == 2 + 3 * 2 + 1 + 1
     assert {line.split("|")[1].strip() for line in table[2:]} == {
-        "original, digital", "original", "analog-trained", "*original − trained, per seed*",
+        "original, digital", "original", "analog-trained", "loaded plainly",
+        "*original − trained, per seed*",
     }  # fmt: skip
     assert "seed: 5 (the recipe says 0)" in result.stdout
     record = json.loads((out / "analog" / "training.json").read_text())

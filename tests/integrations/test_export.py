@@ -38,7 +38,7 @@ def test_the_command_writes_a_checkpoint_that_loads(
     assert result.returncode == 0, result.stderr
     table = [line for line in result.stdout.splitlines() if line.startswith("| ")]
     # Three models, without and with noise, and what training gained under noise.
-    assert len(table) == 1 + 3 * 2 + 1
+    assert len(table) == 1 + 3 * 2 + 1 + 1
     assert all(line in (out / "README.md").read_text() for line in table)
     assert "± " in table[2] and "4 blocks of 16 tokens" in result.stdout
     for bar in ("Sampling training tokens", "Calibrating input ranges", "Evaluating original"):

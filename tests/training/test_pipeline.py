@@ -9,9 +9,11 @@ from tiny_models import tiny, token_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from analog_plugin import AnalogError
+from analog_plugin import AnalogError, save_checkpoint
+from analog_plugin.data import evaluation_tokens
+from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.layers import AnalogLinear, analog_layers, forward_state, model_scheme
 from analog_plugin.training.pipeline import train_analog
 from analog_plugin.training.trainer import AnalogTrainer
@@ -76,6 +78,8 @@ def test_the_model_is_converted_trained_and_measured(model, recipe, tokenizer):
     result = train_analog(model, recipe(), tokenizer=tokenizer)
     assert result.model is model and not model.training
     assert [name for name, _ in analog_layers(model)] and changed(before, weights(model))
+    plain = result.reports.pop("loaded plainly")
+    assert [(cell.noise, cell.seed) for cell in plain.cells] == [("none", None)]
     assert list(result.reports) == ["original, digital", "original", "analog-trained"]
     cells = [("none", None), *((n, s) for n in ("pcm", "gaussian:0.02") for s in range(2))]
     for report in result.reports.values():
@@ -90,11 +94,25 @@ PLUS = {"preset": "AFM_PLUS", "tile_rows": 32, "range_init_batches": 2}
 
 def test_a_prepared_start_is_measured_beside_the_published_one(recipe, tokenizer):
     result = train_analog(tiny(), recipe(scheme=PLUS), tokenizer=tokenizer)
-    rows = ["original, digital", "off the shelf", "original", "analog-trained"]
+    rows = ["original, digital", "off the shelf", "original", "analog-trained", "loaded plainly"]
     assert list(result.reports) == rows
     kl = {name: report.mean("none", "kl") for name, report in result.reports.items()}
     assert kl["original, digital"] == pytest.approx(0, abs=1e-9)
     assert 0 < kl["original"] < kl["off the shelf"]
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, PLUS], ids=["tiles", "prefix"])
+@pytest.mark.parametrize("profile", ["analog-fp", "w8a8"])
+def test_what_plain_loaders_get_is_measured(scheme, profile, recipe, tokenizer, corpus, tmp_path):
+    original = tiny()
+    made = recipe(scheme=scheme, deploy={"profile": profile})
+    result = train_analog(copy.deepcopy(original), made, tokenizer=tokenizer)
+    save_checkpoint(result.model, tmp_path / "out", profile=profile, result=result)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    tokens = evaluation_tokens(tokenizer, 3, 12, corpus)
+    found = fidelity(plain, tokens, Reference.of(original, tokens))
+    assert found == result.reports["loaded plainly"].cells[0].metrics
+    assert found["kl"] > 1e-6
 
 
 def test_measuring_leaves_nothing_behind(recipe, tokenizer):
@@ -167,7 +185,7 @@ def test_without_training_weights_are_untouched_and_ranges_set(options, model, r
         tokenizer=tokenizer, train=options.get("train", True),
     )  # fmt: skip
     assert changed(before, weights(model)) == []
-    assert list(result.reports) == ["original, digital", "original"]
+    assert list(result.reports) == ["original, digital", "original", "loaded plainly"]
     assert (result.training["steps"], result.training["tokens"]) == (0, 0)
     assert result.training["loss_history"] == []
     for _, layer in analog_layers(model):
