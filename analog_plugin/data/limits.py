@@ -14,16 +14,17 @@ def check_sequence_length(model: Any, length: int, field: str = "sequence_length
     """Refuse sequences that the model's positions do not reach.
 
     Args:
-        model: The model that will read them.
+        model: The model that will read them, or its configuration.
         length: Their length.
         field: What the user calls it.
 
     Raises:
         AnalogError: ``length`` is longer than the model allows.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config = getattr(model, "config", model)
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
-        limit = getattr(model.config, "n_positions", None)
+        limit = getattr(config, "n_positions", None)
     if limit is not None and length > limit:
         raise AnalogError(
             f"{field} is {length}, but the model allows at most {limit}; write {field}: {limit}."

@@ -23,25 +23,34 @@ METRICS = ("perplexity", "kl", "agreement")
 class Reference:
     """The digital original's hidden states on the evaluation tokens, computed once.
 
-    Hidden states and the head take a small part of the memory that logits would.
+    Hidden states and the head take a small part of the memory that logits would. Where there are
+    few tokens and many models to compare, ``kept`` holds the logits all the same.
     """
 
     hidden: Tensor
     states: HiddenStates
+    kept: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module, tokens: Tensor, batch_size: int = 4) -> Reference:
+    def of(
+        cls, model: nn.Module, tokens: Tensor, batch_size: int = 4, *, keep_logits: bool = False
+    ) -> Reference:
         """Run ``model`` over ``tokens`` [N, S]."""
         states = HiddenStates.of(model)
         device = next(model.parameters()).device
         batches = progress_bar(tokens.split(batch_size), desc="Running the original")
         with evaluation_mode(model):
             hidden = [states(input_ids=batch.to(device)).cpu() for batch in batches]
-        return cls(torch.cat(hidden), states)
+            found = cls(torch.cat(hidden), states)
+            if keep_logits:
+                found.kept = found.logits(slice(None), slice(None))
+        return found
 
     def logits(self, rows: slice, position: slice) -> Tensor:
         """Logits [rows, positions, V] of the original."""
+        if self.kept is not None:
+            return self.kept[rows, position]
         device = next(self.states.model.parameters()).device
         return self.states.head(self.hidden[rows, position].to(device))
 

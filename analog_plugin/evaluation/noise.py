@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,30 +92,75 @@ def evaluate_noise(
     Raises:
         AnalogError: The model is not analog, or an evaluator or noise model is unknown.
     """
-    from analog_plugin.plugins import evaluators as known_evaluators
-    from analog_plugin.plugins import lookup
-
     forward_state(model)
+    cells = measure_cells(
+        model,
+        tokens,
+        noise_cells(noise, seeds),
+        reference=reference,
+        evaluators=evaluators,
+        converters=converters,
+        batch_size=batch_size,
+        label=label,
+    )
+    return NoiseReport(list(cells))
+
+
+class CellRequest(NamedTuple):
+    """One noise model under one seed (both None: no noise), and its name in tables."""
+
+    label: str
+    noise: Any | None
+    seed: int | None
+
+
+def noise_cells(
+    noise: Sequence[str | Mapping[str, Any] | Any | None], seeds: int | Sequence[int]
+) -> list[CellRequest]:
+    """All cells of an evaluation: each noise model under each seed.
+
+    Raises:
+        AnalogError: A noise model is unknown, or there is no seed.
+    """
     if isinstance(seeds, int):
         if seeds < 1:
             raise AnalogError(f"seeds is {seeds}, but must be at least 1; write seeds: 10.")
         seeds = range(seeds)
-    measure = [lookup(known_evaluators(), name, "evaluator").evaluate for name in evaluators]
-    cells = [
-        (noise_label(item), model_of_noise, seed)
+    return [
+        CellRequest(noise_label(item), model, seed)
         for item in noise
-        for model_of_noise in (resolve_noise(item),)
-        for seed in (seeds if model_of_noise is not None else (None,))
+        for model in (resolve_noise(item),)
+        for seed in (seeds if model is not None else (None,))
     ]
-    report = NoiseReport()
-    with evaluation_mode(model), digital_layers(model, not converters):
-        for name, model_of_noise, seed in progress_bar(cells, desc=f"Evaluating {label}".strip()):
-            with programmed(model, model_of_noise, seed):
-                metrics: dict[str, float] = {}
-                for evaluate in measure:
-                    metrics |= evaluate(model, tokens, reference, batch_size)
-            report.cells.append(NoiseCell(name, seed, metrics))
-    return report
+
+
+@torch.no_grad()
+def measure_cells(
+    model: nn.Module,
+    tokens: Tensor,
+    cells: Sequence[CellRequest],
+    *,
+    reference: Reference | None = None,
+    evaluators: Sequence[str] = ("fidelity",),
+    converters: bool = True,
+    batch_size: int = 4,
+    label: str = "",
+) -> Iterator[NoiseCell]:
+    """Yield the measured cells one by one; arguments are those of :func:`evaluate_noise`."""
+    from analog_plugin.plugins import evaluators as known_evaluators
+    from analog_plugin.plugins import lookup
+
+    measure = [lookup(known_evaluators(), name, "evaluator").evaluate for name in evaluators]
+    for name, noise, seed in progress_bar(cells, desc=f"Evaluating {label}".strip()):
+        metrics: dict[str, float] = {}
+        with (
+            evaluation_mode(model),
+            digital_layers(model, not converters),
+            programmed(model, noise, seed),
+        ):
+            for evaluate in measure:
+                metrics |= evaluate(model, tokens, reference, batch_size)
+        yield NoiseCell(name, seed, metrics)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def analyze_sensitivity(
     total = sum(layer.weight.numel() for _, layer in analog_layers(model))
     rows = []
     with evaluation_mode(model), digital_layers(model), programmed(model, None, None):
-        reference = Reference.of(model, tokens, batch_size)
+        reference = Reference.of(model, tokens, batch_size, keep_logits=True)
         cells = [(name, part) for part in parts for name in groups]
         for name, part in progress_bar(cells, desc="Measuring sensitivity"):
             layers = groups[name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers.state import ForwardState, keyed_generator
+from analog_plugin.noise.programming import program_tiles
 from analog_plugin.ops.matmul import MatmulContext, analog_matmul, column_maximum
 from analog_plugin.ops.ranges import RangeInitializer
 from analog_plugin.scheme import AnalogScheme
@@ -100,7 +101,7 @@ class AnalogLayer(nn.Module):
         """Program the weights onto simulated devices; the forward then uses the result.
 
         Args:
-            noise: A noise model: ``program(weight [out, rows], generator) -> Tensor`` per tile.
+            noise: A noise model; see :func:`~analog_plugin.noise.program_tiles`.
             generator: Source of the device errors, or a seed (combined with the layer's name).
         """
         if isinstance(generator, int):
@@ -108,13 +109,18 @@ class AnalogLayer(nn.Module):
         # Not as inference tensors: a later forward may need gradients through them.
         with torch.inference_mode(False), torch.no_grad():
             weight = self.tile_weight.detach()
-            blocks = weight.split(self.tiles, dim=1)
-            noisy = [noise.program(block, generator).to(block.dtype) for block in blocks]
-            programmed = torch.cat(noisy, dim=1)
+            made = program_tiles(noise, weight, self.tiles, generator)
+            programmed = torch.cat([tile.weight.to(weight.dtype) for tile in made], dim=1)
             # "noisy": scale the ADC by what was programmed, as aihwkit-lightning does.
             bounding = programmed if self.scheme.adc_bound == "noisy" else weight
-            self.programmed_maximum = column_maximum(bounding, self.tiles)
-            self.programmed_weight = programmed
+            maximum = column_maximum(bounding, self.tiles)
+            for k, tile in enumerate(made):
+                if tile.output_scale != 1.0:
+                    # A factor behind the ADC is one on the weights and on the ADC's full scale.
+                    start = sum(self.tiles[:k])
+                    programmed[:, start : start + self.tiles[k]] *= tile.output_scale
+                    maximum[k] *= tile.output_scale
+            self.programmed_maximum, self.programmed_weight = maximum, programmed
 
     def restore(self) -> None:
         """Forget the programmed weights; the clean ones were never touched."""

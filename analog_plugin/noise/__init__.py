@@ -2,6 +2,15 @@
 
 from analog_plugin.noise.gaussian import GaussianNoise
 from analog_plugin.noise.pcm import PCMNoise
-from analog_plugin.noise.specification import noise_label, resolve_noise
+from analog_plugin.noise.programming import Programmed, program_tiles
+from analog_plugin.noise.specification import at_times, noise_label, resolve_noise
 
-__all__ = ["GaussianNoise", "PCMNoise", "noise_label", "resolve_noise"]
+__all__ = [
+    "GaussianNoise",
+    "PCMNoise",
+    "Programmed",
+    "at_times",
+    "noise_label",
+    "program_tiles",
+    "resolve_noise",
+]

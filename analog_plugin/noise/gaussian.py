@@ -16,27 +16,41 @@ class GaussianNoise:
     Args:
         sigma: σ, standard deviation relative to the maximum, no unit; 0.02 to 0.03 is what analog
             foundation models are trained with (arXiv 2505.09663).
-        per: Over what the maximum is taken: ``"column"`` (one output channel of one tile) or
-            ``"tile"``.
+        per: Over what the maximum is taken: ``"column"`` (one output channel of one tile),
+            ``"tile"`` or ``"tensor"`` (the whole layer).
 
     Not modelled: dependence on the conductance, drift, read noise.
     """
 
-    def __init__(self, sigma: float = 0.03, per: Literal["column", "tile"] = "column") -> None:
+    def __init__(
+        self, sigma: float = 0.03, per: Literal["column", "tile", "tensor"] = "column"
+    ) -> None:
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 <= sigma < 10:
             raise AnalogError(
                 f"gaussian: sigma is {sigma!r}, but must be a number from 0 to below 10; write "
                 "gaussian:0.03."
             )
-        if per not in ("column", "tile"):
+        if per not in ("column", "tile", "tensor"):
             raise AnalogError(
-                f"gaussian: per is {per!r}, but must be column or tile; write per: column."
+                f"gaussian: per is {per!r}, but must be column, tile or tensor; write per: column."
             )
         self.sigma, self.per = float(sigma), per
+        self._peak: Tensor | None = None
+
+    def for_layer(self, weight: Tensor) -> GaussianNoise:
+        """The model of the tiles of a layer with ``weight`` [columns, in]."""
+        if self.per != "tensor":
+            return self
+        own = GaussianNoise(self.sigma, self.per)
+        own._peak = weight.float().abs().max()
+        return own
 
     def program(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Noisy copy of one tile's weights [columns, rows], in fp32."""
+        """Noisy copy of one tile's weights [columns, rows], in fp32; alone, it is the layer."""
         exact = weight.float()
-        peak = exact.abs().amax(1, keepdim=True) if self.per == "column" else exact.abs().max()
+        if self.per == "column":
+            peak = exact.abs().amax(1, keepdim=True)
+        else:
+            peak = exact.abs().max() if self._peak is None else self._peak
         error = torch.empty_like(exact, memory_format=torch.contiguous_format)
         return exact + error.normal_(generator=generator).mul_(self.sigma * peak)

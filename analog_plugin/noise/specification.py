@@ -1,20 +1,22 @@
-"""How recipes and commands name a noise model: ``"pcm"``, ``"gaussian:0.02"``, a mapping."""
+"""How recipes name a noise model: ``"pcm"``, ``"gaussian:0.02"``, ``"hermes@1d"``, a mapping."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from analog_plugin.errors import AnalogError
+from analog_plugin.noise.programming import parse_time
 
 
 def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
     """Return the noise model that ``noise`` names; None (or ``"none"``) means no noise.
 
     Args:
-        noise: A name; a name and its first argument (``"pcm:1.5"``); a mapping of ``name`` and
-            arguments; or an object with ``program(weight, generator)``.
+        noise: A name, with its first argument behind a colon (``"pcm:1.5"``) and the time since
+            programming behind an @ (``"hermes@1d"``); a mapping of ``name`` and arguments; or an
+            object with ``program(weight, generator)``.
 
     Raises:
         AnalogError: The name is unknown, or an argument does not fit.
@@ -31,7 +33,9 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
         return noise
     arguments: dict[str, Any] = {}
     if isinstance(noise, str):
-        name, colon, value = noise.partition(":")
+        text, at, time = noise.partition("@")
+        name, colon, value = text.partition(":")
+        arguments = {"time": time} if at else {}
     elif isinstance(noise, Mapping) and isinstance(noise.get("name"), str):
         arguments = {key: value for key, value in noise.items() if key != "name"}
         name, colon, value = noise["name"], "", ""
@@ -55,6 +59,77 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
                 f"noise model {name!r} has no argument {key!r}; it takes {', '.join(parameters)}."
             )
     return factory(**arguments)
+
+
+def at_times(
+    noise: Sequence[str | Mapping[str, Any]], times: Sequence[str | float]
+) -> list[str | dict[str, Any]]:
+    """Each noise model read at each time since programming; as it is where it knows no time.
+
+    Args:
+        noise: As in :func:`resolve_noise`.
+        times: Such as ``"1h"`` or seconds; none: ``noise`` itself.
+
+    Raises:
+        AnalogError: A name is unknown.
+
+    Example:
+        >>> at_times(["hermes", "pcm"], ["1h", "1d"])
+        ['hermes@1h', 'hermes@1d', 'pcm']
+    """
+    from analog_plugin.plugins import lookup, noise_models
+
+    found: list[str | dict[str, Any]] = []
+    for item in noise:
+        name = item.partition("@")[0].partition(":")[0] if isinstance(item, str) else item["name"]
+        factory = lookup(noise_models(), name, "noise model").factory
+        timed = "time" in inspect.signature(factory).parameters
+        if isinstance(item, str):
+            found += [f"{item}@{time}" for time in times] if timed and times else [item]
+        else:
+            found += [{**item, "time": t} for t in times] if timed and times else [dict(item)]
+    return found
+
+
+class NoiseName(NamedTuple):
+    """The parts of a label such as ``"hermes:1.5@1h"``.
+
+    Args:
+        name: The noise model.
+        level: What stands behind the colon, else its first argument's default; None where that is
+            no number.
+        time: Seconds since programming; None: as programmed.
+    """
+
+    name: str
+    level: float | None
+    time: float | None
+
+
+def split_label(label: str) -> NoiseName:
+    """Read a label of :func:`noise_label` for plots.
+
+    Example:
+        >>> split_label("gaussian:0.02")
+        NoiseName(name='gaussian', level=0.02, time=None)
+    """
+    from analog_plugin.plugins import noise_models
+
+    text, at, time = label.partition("@")
+    name, colon, value = text.partition(":")
+    known = noise_models().get(name)
+    said: Any = value if colon else None
+    if not colon and known is not None:
+        first = next(iter(inspect.signature(known.factory).parameters.values()), None)
+        said = None if first is None else first.default
+    try:
+        level = float(said)
+    except (TypeError, ValueError):
+        level = None
+    try:
+        return NoiseName(name, level, parse_time(time) if at else None)
+    except AnalogError:  # a stranger's model may tell times in another way
+        return NoiseName(name, level, None)
 
 
 def noise_label(noise: str | Mapping[str, Any] | Any | None) -> str:

@@ -15,7 +15,10 @@ class NoiseModel:
     Args:
         name: Name in recipes and commands.
         factory: Called with the recipe's arguments; returns an object with
-            ``program(weight, generator) -> Tensor`` for one tile's weights [columns, rows].
+            ``program(weight, generator)`` for one tile's weights [columns, rows], which gives them
+            as a tensor, or with a factor behind the tile's ADC as a
+            :class:`~analog_plugin.noise.Programmed`. Where it has ``for_layer(weight)``, that gives
+            the model of one layer's tiles.
         summary: One line for help texts.
     """
 

@@ -69,7 +69,7 @@ def choose_out_bound(
     curve = {}
     with evaluation_mode(model):
         with digital_layers(model):
-            reference = Reference.of(model, tokens, batch_size)
+            reference = Reference.of(model, tokens, batch_size, keep_logits=True)
         for bound in progress_bar(candidates, desc="Choosing the ADC's bound"):
             take(bound)
             curve[bound] = fidelity(model, tokens, reference, batch_size)["kl"]

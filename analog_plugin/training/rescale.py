@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from analog_plugin.layers import analog_layers
 from analog_plugin.layers.state import keyed_generator
+from analog_plugin.noise import program_tiles
 from analog_plugin.ops.histogram import MagnitudeHistogram
 from analog_plugin.ops.matmul import column_maximum
 from analog_plugin.progress import progress_bar
@@ -263,10 +264,16 @@ def expected_error(
     for weight in weights:
         scaled = weight.float() * scales
         error += float((scaled.square() @ quantization).sum())
-        generator = keyed_generator("rescale", scaled.device)
-        for block, power in zip(scaled.split(tiles, 1), energy.split(tiles), strict=True):
-            if noise is not None:
-                wrong = noise.program(block, generator).float() - block
+        if noise is not None:
+            generator = keyed_generator("rescale", scaled.device)
+            parts = zip(
+                program_tiles(noise, scaled, tiles, generator),
+                scaled.split(tiles, 1),
+                energy.split(tiles),
+                strict=True,
+            )
+            for tile, block, power in parts:
+                wrong = tile.weight.float() * tile.output_scale - block
                 error += float((wrong.square_() @ power).sum())
         if scheme.output_levels is not None and scheme.out_bound is not None:
             peaks = column_maximum(scaled, tiles)

@@ -12,6 +12,7 @@ from analog_plugin.noise import GaussianNoise, PCMNoise, noise_label, resolve_no
 MODELS = {
     "gaussian": GaussianNoise(0.03),
     "gaussian per tile": GaussianNoise(0.03, per="tile"),
+    "gaussian per tensor": GaussianNoise(0.03, per="tensor"),
     "pcm": PCMNoise(),
     "pcm, doubled": PCMNoise(2.0),
 }
@@ -113,6 +114,18 @@ def test_each_tile_is_programmed_on_its_own_scale(noise):
     assert 0.2 < float(first / second) < 5
 
 
+def test_gaussian_noise_per_tensor_follows_the_whole_layers_maximum():
+    linear = nn.Linear(400, 60, bias=False)
+    with torch.no_grad():
+        linear.weight.mul_(0.01)
+        linear.weight[0, 0] = 2.0
+    layer = AnalogLinear.from_linear(linear, AnalogScheme(tile_rows=200))
+    layer.program(resolve_noise({"name": "gaussian", "sigma": 0.03, "per": "tensor"}), 0)
+    error = layer.programmed_weight - linear.weight.detach()
+    for tile in error.split(200, dim=1):
+        assert float(tile.std()) == pytest.approx(0.03 * 2.0, rel=0.03)
+
+
 def test_only_gaussian_noise_per_column_follows_each_columns_maximum():
     weight = rows()
     weight[0] *= 100
@@ -157,7 +170,7 @@ def test_a_mapping_is_left_as_it_was():
         ("gaussian:-1", ["sigma is -1.0", "write gaussian:0.03"]),
         ({"name": "gaussian", "sigma": True}, ["sigma is True"]),
         ({"name": "gaussian", "sigma": "high"}, ["sigma is 'high'"]),
-        ({"name": "gaussian", "per": "row"}, ["per is 'row'", "column or tile"]),
+        ({"name": "gaussian", "per": "row"}, ["per is 'row'", "column, tile or tensor"]),
         ({"name": "pcm", "sigma": 1}, ["no argument 'sigma'", "it takes scale"]),
         ({"sigma": 1}, ["a mapping with a name"]),
         ({"name": 3}, ["a mapping with a name"]),

@@ -1,24 +1,25 @@
-"""Optimum: ``optimum-cli export analog`` and ``AnalogModelForCausalLM``."""
+"""Optimum: the commands, their Python twins, and ``AnalogModelForCausalLM``."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from analog_integrations.optimum.export import main_export
     from analog_integrations.optimum.modeling import AnalogModelForCausalLM
 
-__all__ = ["AnalogModelForCausalLM", "main_export"]
+__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export"]
+
+_MODULES = {
+    "AnalogModelForCausalLM": "modeling",
+    "main_evaluate": "evaluate",
+    "main_export": "export",
+}
 
 
 def __getattr__(name: str) -> object:
     # optimum-cli imports this package at every start, so nothing heavy is imported above.
-    if name == "AnalogModelForCausalLM":
-        from analog_integrations.optimum.modeling import AnalogModelForCausalLM
-
-        return AnalogModelForCausalLM
-    if name == "main_export":
-        from analog_integrations.optimum.export import main_export
-
-        return main_export
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

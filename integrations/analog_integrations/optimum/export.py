@@ -112,16 +112,7 @@ def load_model(model: str, *, dtype: str, device: str | None) -> tuple[Any, Any]
     """
     import torch
 
-    if dtype not in _DTYPES:
-        raise AnalogError(f"dtype is {dtype!r}, but must be one of {', '.join(_DTYPES)}.")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=place).item()
-    # Wrong names, drivers and devices that hold nothing fail in as many ways as there are backends.
-    except Exception as error:
-        raise AnalogError(
-            f"The device {place!r} cannot be used: {one_line(error)}; write cpu or cuda."
-        ) from error
+    place = resolve_device(device, dtype)
     source = resolve_model(str(model))
     config = read_model_config(source, str(model))
     if getattr(config, "quantization_config", None) is not None:
@@ -137,3 +128,24 @@ def load_model(model: str, *, dtype: str, device: str | None) -> tuple[Any, Any]
         raise AnalogError(
             f"The model {model} does not fit on {place}: {one_line(error)}"
         ) from error
+
+
+def resolve_device(device: str | None, dtype: str = "float32") -> str:
+    """The device to compute on: ``device`` itself, or a GPU if there is one.
+
+    Raises:
+        AnalogError: It cannot be used, or ``dtype`` is none of the types that models may have.
+    """
+    import torch
+
+    if dtype not in _DTYPES:
+        raise AnalogError(f"dtype is {dtype!r}, but must be one of {', '.join(_DTYPES)}.")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=place).item()
+    # Wrong names, drivers and devices that hold nothing fail in as many ways as there are backends.
+    except Exception as error:
+        raise AnalogError(
+            f"The device {place!r} cannot be used: {one_line(error)}; write cpu or cuda."
+        ) from error
+    return place

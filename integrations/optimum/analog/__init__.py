@@ -1,5 +1,5 @@
 """``optimum.analog``: the import path that Optimum's users expect."""
 
-from analog_integrations.optimum import AnalogModelForCausalLM, main_export
+from analog_integrations.optimum import AnalogModelForCausalLM, main_evaluate, main_export
 
-__all__ = ["AnalogModelForCausalLM", "main_export"]
+__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export"]

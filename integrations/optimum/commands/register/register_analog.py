@@ -3,5 +3,6 @@
 from optimum.commands.export.base import ExportCommand
 
 from analog_integrations.optimum.cli import AnalogExportCommand
+from analog_integrations.optimum.cli_analog import AnalogCommand
 
-REGISTER_COMMANDS = [(AnalogExportCommand, ExportCommand)]
+REGISTER_COMMANDS = [(AnalogExportCommand, ExportCommand), AnalogCommand]

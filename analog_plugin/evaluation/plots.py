@@ -1,0 +1,149 @@
+"""Figures of a sweep: one point a seed, scores against noise level, and drift over time."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from analog_plugin.errors import require
+from analog_plugin.evaluation.noise import NoiseReport
+from analog_plugin.evaluation.tables import TITLES, Summary
+from analog_plugin.noise.specification import NoiseName, split_label
+
+#: Told apart with any colour vision, and by lightness in print (Okabe and Ito's palette).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_INK, _MUTED = "#222222", "#666666"
+_UNITS = (("y", 365 * 86400.0), ("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+
+
+def figures(reports: Mapping[str, NoiseReport]) -> dict[str, Any]:
+    """Every figure that the reports allow, one metric each.
+
+    Their names begin with ``seeds-``, ``level-`` or ``time-``.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    cells = [cell for report in reports.values() for cell in report.cells]
+    labels = list(dict.fromkeys(cell.noise for cell in cells))
+    metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.metrics))
+    names = {label: split_label(label) for label in labels}
+    made = {f"seeds-{metric}": _dots(reports, labels, metric) for metric in metrics}
+    for kind, groups in (("level", _by_level(names)), ("time", _by_time(names))):
+        for (name, rest), members in groups.items():
+            group = name if rest is None else f"{name}-{rest:g}"
+            for metric in metrics:
+                made[f"{kind}-{group}-{metric}"] = _curves(reports, members, metric, name, kind)
+    return made
+
+
+def svg(figure: Any, salt: str) -> str:
+    """The figure as an ``<svg>`` element, the same text for the same figure."""
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": salt}):  # names of its parts: unique on a page, not random
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]
+
+
+def _by_level(names: Mapping[str, NoiseName]) -> dict[tuple[str, Any], list[tuple[float, str]]]:
+    """(level, label) of the noise models that were measured at several levels."""
+    groups: dict[tuple[str, Any], list[tuple[float, str]]] = {}
+    for label, part in names.items():
+        if part.level is not None:
+            groups.setdefault((part.name, part.time), []).append((part.level, label))
+    return {key: sorted(found) for key, found in groups.items() if len(found) > 1}
+
+
+def _by_time(names: Mapping[str, NoiseName]) -> dict[tuple[str, Any], list[tuple[float, str]]]:
+    """(time, label) of the noise models that were read at several times."""
+    groups: dict[tuple[str, Any], list[tuple[float, str]]] = {}
+    for label, part in names.items():
+        if part.time:  # not at once: the axis is logarithmic
+            groups.setdefault((part.name, part.level), []).append((part.time, label))
+    return {key: sorted(found) for key, found in groups.items() if len(found) > 1}
+
+
+def _axes(metric: str, height: float) -> tuple[Any, Any]:
+    require("matplotlib", "eval")
+    from matplotlib.figure import Figure  # not pyplot: no window, whatever the process shows
+
+    figure = Figure(figsize=(4.8, height), layout="constrained")
+    axis = figure.subplots()
+    axis.tick_params(colors=_MUTED, labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#e6e6e6", lw=0.6)
+    axis.set_axisbelow(True)
+    axis.set_title(TITLES.get(metric, metric), fontsize=9, color=_INK, loc="left")
+    return figure, axis
+
+
+def _dots(reports: Mapping[str, NoiseReport], labels: Sequence[str], metric: str) -> Any:
+    lines = [
+        (noise, model, colour)
+        for noise in labels
+        for (model, report), colour in zip(reports.items(), _colours(reports), strict=True)
+        if report.values(noise, metric)
+    ][::-1]
+    figure, axis = _axes(metric, 0.6 + 0.26 * len(lines))
+    for row, (noise, model, colour) in enumerate(lines):
+        points = reports[model].values(noise, metric)
+        mean = sum(points) / len(points)
+        axis.scatter(points, [row] * len(points), s=12, color=colour, alpha=0.45, lw=0)
+        axis.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, lw=2)
+        axis.annotate(
+            f"{mean:.3g}", (max(points), row), xytext=(6, -3), textcoords="offset points",
+            fontsize=7, color=_INK,
+        )  # fmt: skip
+    words = {"none": "no noise"}
+    shown = [f"{model}, {words.get(noise, noise)}" for noise, model, _ in lines]
+    axis.set_yticks(range(len(lines)), shown, fontsize=7)
+    axis.set_ylim(-0.7, len(lines) - 0.3)
+    axis.margins(x=0.15)
+    return figure
+
+
+def _curves(
+    reports: Mapping[str, NoiseReport],
+    members: Sequence[tuple[float, str]],
+    metric: str,
+    name: str,
+    kind: str,
+) -> Any:
+    figure, axis = _axes(metric, 3.2)
+    for (model, report), colour in zip(reports.items(), _colours(reports), strict=True):
+        found = [(x, Summary.of(report.values(label, metric))) for x, label in members]
+        found = [(x, summary) for x, summary in found if summary.count]
+        if not found:
+            continue
+        xs = [x for x, _ in found]
+        axis.plot(xs, [s.mean for _, s in found], "o-", color=colour, ms=4, lw=1.5, label=model)
+        low, high = ([getattr(s, end) for _, s in found] for end in ("low", "high"))
+        axis.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
+        clean = report.mean("none", metric)
+        if kind == "level" and not math.isnan(clean):
+            axis.plot([0, xs[0]], [clean, found[0][1].mean], ":", color=colour, lw=1.2)
+    if kind == "time":
+        axis.set_xscale("log")
+        axis.set_xticks([x for x, _ in members], [duration(x) for x, _ in members])
+        axis.minorticks_off()
+    said = "time since programming" if kind == "time" else "level"
+    axis.set_xlabel(f"{name}: {said}", fontsize=8, color=_MUTED)
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def duration(seconds: float) -> str:
+    """A time in its largest whole unit: 3600 seconds are ``"1h"``."""
+    for unit, size in _UNITS:
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g}{unit}"
+    return f"{seconds:g}s"
+
+
+def _colours(reports: Mapping[str, NoiseReport]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(reports))]

@@ -1,0 +1,141 @@
+"""One HTML page of a sweep, which needs no network: tables, figures, and what was measured how."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from analog_plugin.evaluation.noise import NoiseReport
+from analog_plugin.evaluation.plots import figures, svg
+from analog_plugin.evaluation.tables import (
+    TITLES,
+    Row,
+    comma_separated,
+    markdown,
+    paired_rows,
+    rows,
+)
+
+_STYLE = """
+:root { color-scheme: light; --ink: #222; --muted: #666; --line: #ddd; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; padding: 1rem;
+  max-width: 60rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p, li { max-width: 44rem; } .muted { color: var(--muted); font-size: .9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+td small { color: var(--muted); }
+.figures { display: grid; gap: .5rem 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
+@media print { body { max-width: none; } figure, tr { break-inside: avoid; }
+  .wide { overflow: visible; } td, th { white-space: normal; } }
+"""
+
+_TITLES = {
+    "seeds": "Every seed",
+    "level": "Against the noise level",
+    "time": "Over time",
+}
+_SAID = {
+    "seeds": "One point is one noise seed, that is one chip; the bar is their mean.",
+    "level": "Mean over seeds, the band its 95 % confidence interval; dotted: from no noise.",
+    "time": "The same devices read later; the band is the 95 % confidence interval over seeds.",
+}
+
+
+def write_report(
+    reports: Mapping[str, NoiseReport],
+    output: str | Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+) -> str:
+    """Write ``report.html``, ``table.md``, ``table.csv`` and each figure as PNG.
+
+    Args:
+        reports: By model, in the order of the table; differences are to the first.
+        output: An existing directory.
+        title: Of the page.
+        notes: Sentences on what was measured.
+
+    Returns:
+        The tables as Markdown.
+
+    Raises:
+        MissingExtra: matplotlib or scipy is not installed.
+    """
+    directory = Path(output)
+    table, differences = rows(reports), paired_rows(reports)
+    text = markdown(table)
+    if differences:
+        text += "\nPaired differences, seed by seed:\n\n" + markdown(differences)
+    said = (*notes, "Mean ± standard deviation over seeds, [95 % confidence interval of the mean].")
+    text += "\n" + " ".join(said) + "\n"
+    (directory / "table.md").write_text(text, encoding="utf-8")
+    (directory / "table.csv").write_text(comma_separated(table + differences), encoding="utf-8")
+    made = figures(reports)
+    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes)]
+    parts += ["<h2>Figures of merit</h2>", _table(table)]
+    for kind in _TITLES:
+        chosen = {name: f for name, f in made.items() if name.partition("-")[0] == kind}
+        if not chosen:
+            continue
+        parts += [f"<h2>{_TITLES[kind]}</h2>", f'<p class="muted">{_SAID[kind]}</p>']
+        parts.append('<div class="figures">')
+        for name, figure in chosen.items():
+            figure.savefig(directory / f"{_file_name(name)}.png", dpi=160)
+            label = html.escape(name, quote=True)
+            parts.append(f'<figure role="img" aria-label="{label}">{svg(figure, name)}</figure>')
+        parts.append("</div>")
+    if differences:
+        parts += [
+            "<h2>Paired differences</h2>",
+            '<p class="muted">Seed by seed: both models had the same device errors.</p>',
+            _table(differences),
+        ]
+    parts.append(f'<p class="muted">{html.escape(said[-1])}</p>')
+    (directory / "report.html").write_text(_page(title, parts), encoding="utf-8")
+    return text
+
+
+def _table(table: Sequence[Row]) -> str:
+    metrics = list(dict.fromkeys(row.metric for row in table))
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in table:
+        found.setdefault((row.model, row.noise), {})[row.metric] = row
+    head = "".join(f"<th>{html.escape(TITLES.get(m, m))}</th>" for m in metrics)
+    lines = []
+    for (model, noise), cells in found.items():
+        values = "".join(
+            f"<td>{cells[m].summary} <small>{cells[m].summary.interval}</small></td>"
+            if m in cells
+            else "<td>–</td>"
+            for m in metrics
+        )
+        names = f"<td>{html.escape(model)}</td><td>{html.escape(noise)}</td>"
+        lines.append(f"<tr>{names}{values}</tr>")
+    body = "\n".join(lines)
+    return (
+        f'<div class="wide"><table><thead><tr><th>model</th><th>noise</th>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _file_name(name: str) -> str:
+    """A figure's name with nothing in it that a file's name cannot have."""
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)

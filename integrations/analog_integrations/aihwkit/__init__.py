@@ -1,0 +1,1 @@
+"""aihwkit: its device models as noise models."""

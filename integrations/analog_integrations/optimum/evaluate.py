@@ -1,0 +1,163 @@
+"""``main_evaluate``: the Python twin of ``optimum-cli analog evaluate``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analog_integrations.optimum.export import load_model, resolve_device
+from analog_plugin import AnalogScheme, convert_to_analog
+from analog_plugin.checkpoint import load_checkpoint
+from analog_plugin.data import evaluation_tokens
+from analog_plugin.data.limits import check_sequence_length, check_token_ids
+from analog_plugin.demo import resolve_model
+from analog_plugin.errors import AnalogError, require
+from analog_plugin.evaluation import NoiseReport
+from analog_plugin.evaluation.report import write_report
+from analog_plugin.evaluation.sweep import CELLS, SweepModel, sweep
+from analog_plugin.noise import at_times, resolve_noise
+from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
+
+#: How a full-precision model is programmed: noise alone, without converters.
+NOISE_ONLY = AnalogScheme(input_bits=None, output_bits=None, tile_rows=512)
+
+
+def main_evaluate(
+    models: Sequence[str] | Mapping[str, str],
+    output: str | Path,
+    *,
+    noise: Sequence[str | Mapping[str, Any]] = ("pcm",),
+    time: Sequence[str | float] = (),
+    seeds: int | Sequence[int] = 10,
+    original: str | None = None,
+    corpus: str = "pydoc_data.topics",
+    blocks: int = 16,
+    length: int = 256,
+    batch_size: int = 4,
+    device: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> dict[str, NoiseReport]:
+    """Measure models under noise, and write tables; finished cells are kept and not run again.
+
+    Args:
+        models: Directories, hub ids or ``demo:`` names, or these by the names that they get in the
+            tables. Analog checkpoints run with their converters, full-precision models with the
+            noise alone in 512-row tiles, quantized ones without noise.
+        output: Directory of ``cells.jsonl``, ``report.html``, the tables and the figures.
+        noise: Noise models; without noise is measured always.
+        time: Times since programming (``"1h"``) at which each noise model is read that has drift or
+            read noise; none: as programmed.
+        seeds: Number of noise seeds, or a list of them.
+        original: Full-precision original, for KL and agreement; None: the first of ``models`` that
+            is one.
+        corpus, blocks, length: What to measure on; see
+            :func:`~analog_plugin.data.evaluation_tokens`.
+        batch_size: Blocks evaluated together.
+        device: Where to compute; None: a GPU if there is one.
+        dtype: Type of the weights.
+        overwrite: Forget the cells in ``output``.
+
+    Returns:
+        A report by model.
+
+    Raises:
+        AnalogError: Something given is wrong; one sentence says what. Finished cells are kept.
+    """
+    for module in ("scipy.stats", "matplotlib"):  # before the long work, not after it
+        require(module, "eval")
+    named = dict(models) if isinstance(models, Mapping) else _named(models)
+    if not named:
+        raise AnalogError("No model was given; give a directory, a hub id or demo:NAME.")
+    noises = [None, *at_times(noise, time)]
+    for item in noises:  # refused before anything is loaded
+        resolve_noise(item)
+    kinds = {name: _kind(source, length) for name, source in named.items()}
+    place = resolve_device(device, dtype)
+    if original is None:
+        original = next((named[n] for n, kind in kinds.items() if kind == "full"), None)
+    elif _kind(original, length) != "full":
+        raise AnalogError(f"The original {original} is no full-precision model; give one.")
+    first = original or next(iter(named.values()))
+    tokens = _tokens(first, corpus, blocks, length)
+
+    def entry(source: str, kind: str) -> SweepModel:
+        def load() -> Any:
+            model = _load(source, kind, dtype, place)
+            check_token_ids(model, tokens, f"The corpus, read for {source},")
+            return model
+
+        return SweepModel(load, _identity(source), noisy=kind != "quantized")
+
+    if overwrite:
+        (Path(output) / CELLS).unlink(missing_ok=True)
+    reports = sweep(
+        {name: entry(source, kinds[name]) for name, source in named.items()},
+        tokens,
+        noises,
+        seeds,
+        output,
+        original=None if original is None else entry(original, "original"),
+        batch_size=batch_size,
+        settings={"corpus": corpus, "dtype": dtype, "device": place.partition(":")[0]},
+    )
+    notes = [f"Measured on {blocks} blocks of {length} tokens of {corpus}, in {dtype}."]
+    if original is not None:
+        notes.append(f"KL and top-1 are to {original}.")
+    text = write_report(
+        reports, output, title=f"{', '.join(named)} under hardware noise", notes=notes
+    )
+    print(f"\n{text}\nWritten to {output}; the page is {Path(output) / 'report.html'}.")
+    return reports
+
+
+def _named(models: Sequence[str]) -> dict[str, str]:
+    """Models by the last part of what they are called, where that tells them apart."""
+    short = [model.rstrip("/").rsplit("/", 1)[-1] for model in models]
+    if len(set(models)) != len(models):
+        raise AnalogError(f"A model is given twice among {', '.join(models)}; give each once.")
+    return dict(zip(short if len(set(short)) == len(short) else models, models, strict=True))
+
+
+def _kind(source: str, length: int) -> str:
+    """``analog`` (a checkpoint of ours), ``quantized`` or ``full``; it must read ``length``."""
+    config = read_model_config(resolve_model(source), source)
+    check_sequence_length(config, length, "length")
+    if getattr(config, "analog_config", None) is not None:
+        return "analog"
+    return "quantized" if getattr(config, "quantization_config", None) is not None else "full"
+
+
+def _load(source: str, kind: str, dtype: str, device: str) -> Any:
+    import torch
+
+    if kind == "analog":
+        return load_checkpoint(source, dtype=getattr(torch, dtype)).to(device)
+    if kind == "quantized":
+        options = {"dtype": getattr(torch, dtype)}
+        return load_causal_lm(resolve_model(source), name=source, **options).to(device).eval()
+    model, _ = load_model(source, dtype=dtype, device=device)
+    return model.eval() if kind == "original" else convert_to_analog(model.eval(), NOISE_ONLY)
+
+
+def _identity(source: str) -> str:
+    """A hash of the names, sizes and times of a local model's files; empty for a hub id."""
+    directory = Path(resolve_model(source))
+    if not directory.is_dir():
+        return ""
+    found = sorted(
+        f"{path.relative_to(directory)} {path.stat().st_size} {path.stat().st_mtime_ns}"
+        for path in directory.rglob("*")
+        if path.is_file()
+    )
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+
+
+def _tokens(source: str, corpus: str, blocks: int, length: int) -> Any:
+    resolved = resolve_model(source)
+    tokenizer = load_tokenizer(resolved, source)
+    if tokenizer is None:
+        raise AnalogError(f"The model {source} has no tokenizer beside it; give one that has.")
+    return evaluation_tokens(tokenizer, blocks, length, corpus)
