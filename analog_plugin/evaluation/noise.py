@@ -17,6 +17,7 @@ from analog_plugin.evaluation.fidelity import Reference
 from analog_plugin.layers import analog_layers, digital_layers, forward_state
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.noise import noise_label, resolve_noise
+from analog_plugin.plugins.types import Evaluator
 from analog_plugin.progress import progress_bar
 
 
@@ -67,7 +68,7 @@ def evaluate_noise(
     seeds: int | Sequence[int] = 10,
     *,
     reference: Reference | None = None,
-    evaluators: Sequence[str] = ("fidelity",),
+    evaluators: Sequence[str | Evaluator] = ("fidelity",),
     converters: bool = True,
     batch_size: int = 4,
     label: str = "",
@@ -84,7 +85,7 @@ def evaluate_noise(
         noise: Noise models (see :func:`~analog_plugin.noise.resolve_noise`); None: noise-free.
         seeds: Seeds, or their number (0, 1, ...).
         reference: The digital original on the same tokens, for KL and agreement.
-        evaluators: Names from the hook ``analog_evaluators``.
+        evaluators: Names from the hook ``analog_evaluators``, or such records.
         converters: False: without DAC and ADC, the noise alone.
         batch_size: Rows of tokens evaluated together.
         label: Shown with the progress bar.
@@ -93,17 +94,29 @@ def evaluate_noise(
         AnalogError: The model is not analog, or an evaluator or noise model is unknown.
     """
     forward_state(model)
-    cells = measure_cells(
-        model,
-        tokens,
-        noise_cells(noise, seeds),
-        reference=reference,
-        evaluators=evaluators,
-        converters=converters,
-        batch_size=batch_size,
-        label=label,
-    )
-    return NoiseReport(list(cells))
+    measure = known(evaluators)
+    report = NoiseReport()
+    cells = noise_cells(noise, seeds)
+    with evaluation_mode(model), digital_layers(model, not converters):
+        for name, model_of_noise, seed in progress_bar(cells, desc=f"Evaluating {label}".strip()):
+            metrics: dict[str, float] = {}
+            with programmed(model, model_of_noise, seed):
+                for evaluator in measure:
+                    metrics |= evaluator.evaluate(model, tokens, reference, batch_size)
+            report.cells.append(NoiseCell(name, seed, metrics))
+    return report
+
+
+def known(evaluators: Sequence[str | Evaluator]) -> list[Evaluator]:
+    """The evaluators, looked up where they are given by name.
+
+    Raises:
+        AnalogError: There is none of this name.
+    """
+    from analog_plugin.plugins import evaluators as offered
+    from analog_plugin.plugins import lookup
+
+    return [lookup(offered(), e, "evaluator") if isinstance(e, str) else e for e in evaluators]
 
 
 class CellRequest(NamedTuple):
@@ -132,35 +145,6 @@ def noise_cells(
         for model in (resolve_noise(item),)
         for seed in (seeds if model is not None else (None,))
     ]
-
-
-@torch.no_grad()
-def measure_cells(
-    model: nn.Module,
-    tokens: Tensor,
-    cells: Sequence[CellRequest],
-    *,
-    reference: Reference | None = None,
-    evaluators: Sequence[str] = ("fidelity",),
-    converters: bool = True,
-    batch_size: int = 4,
-    label: str = "",
-) -> Iterator[NoiseCell]:
-    """Yield the measured cells one by one; arguments are those of :func:`evaluate_noise`."""
-    from analog_plugin.plugins import evaluators as known_evaluators
-    from analog_plugin.plugins import lookup
-
-    measure = [lookup(known_evaluators(), name, "evaluator").evaluate for name in evaluators]
-    for name, noise, seed in progress_bar(cells, desc=f"Evaluating {label}".strip()):
-        metrics: dict[str, float] = {}
-        with (
-            evaluation_mode(model),
-            digital_layers(model, not converters),
-            programmed(model, noise, seed),
-        ):
-            for evaluate in measure:
-                metrics |= evaluate(model, tokens, reference, batch_size)
-        yield NoiseCell(name, seed, metrics)
 
 
 @contextlib.contextmanager

@@ -6,20 +6,27 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.evaluation.fidelity import Reference
-from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, measure_cells, noise_cells
+from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, known, noise_cells, programmed
 from analog_plugin.layers import forward_state
 from analog_plugin.layers.prefix import install_prefix, installed_prefix, remove_prefix
+from analog_plugin.modes import evaluation_mode
+from analog_plugin.plugins.types import Evaluator
+from analog_plugin.progress import progress_bar
 
 #: The file of finished cells in an output directory.
 CELLS = "cells.jsonl"
+
+#: Noise, seed and evaluator of one cell.
+CellKey = tuple[str, int | None, str]
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,9 @@ class SweepFile:
                 if number == 1:
                     found = record["settings"]
                     continue
-                NoiseCell(record["noise"], record["seed"], dict(record["metrics"]))
-                str(record["model"] + record["identity"])
+                hash((record["noise"], record["seed"]))
+                dict(record["metrics"])
+                str(record["model"] + record["identity"] + record["evaluator"])
             except (ValueError, KeyError, TypeError) as error:
                 raise AnalogError(
                     f"Line {number} of {self.path} is no cell of a sweep: {one_line(error)}; "
@@ -84,21 +92,21 @@ class SweepFile:
                 "give another output directory, or --overwrite (overwrite=True) to begin anew."
             )
 
-    def report(self, name: str, identity: str) -> NoiseReport:
-        """The finished cells of one model."""
-        cells = [
-            NoiseCell(r["noise"], r["seed"], r["metrics"])
+    def metrics(self, name: str, identity: str) -> dict[CellKey, dict[str, float]]:
+        """What was measured of one model, by noise, seed and evaluator."""
+        return {
+            (r["noise"], r["seed"], r["evaluator"]): r["metrics"]
             for r in self.records
             if (r["model"], r["identity"]) == (name, identity)
-        ]
-        return NoiseReport(cells)
+        }
 
-    def add(self, name: str, identity: str, cell: NoiseCell) -> None:
+    def add(self, name: str, identity: str, key: CellKey, metrics: Mapping[str, float]) -> None:
         """Keep a cell: it is on disk when this returns."""
-        record = {"model": name, "identity": identity, **asdict(cell)}
-        lines = [record] if self.path.exists() and self.path.stat().st_size else [
-            {"settings": self.settings}, record
-        ]  # fmt: skip
+        noise, seed, evaluator = key
+        cell = {"noise": noise, "seed": seed, "evaluator": evaluator, "metrics": dict(metrics)}
+        record = {"model": name, "identity": identity, **cell}
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        lines = [{"settings": self.settings}, record] if new else [record]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
@@ -106,6 +114,7 @@ class SweepFile:
         self.records.append(record)
 
 
+@torch.no_grad()
 def sweep(
     models: Mapping[str, SweepModel],
     tokens: Tensor,
@@ -114,7 +123,7 @@ def sweep(
     output: str | Path,
     *,
     original: SweepModel | None = None,
-    evaluators: Sequence[str] = ("fidelity",),
+    evaluators: Sequence[str | Evaluator] = ("fidelity",),
     batch_size: int = 4,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, NoiseReport]:
@@ -125,10 +134,11 @@ def sweep(
         tokens: [N, S] token ids.
         noise: Noise models (see :func:`~analog_plugin.noise.resolve_noise`); None: noise-free.
         seeds: Seeds, or their number (0, 1, ...).
-        output: Directory of ``cells.jsonl``, in which finished cells are kept.
+        output: Directory of ``cells.jsonl``, in which finished cells are kept: one a model, noise,
+            seed and evaluator.
         original: The digital original, for KL and agreement. A digital prefix of a model stands
             before its tokens too.
-        evaluators: Names from the hook ``analog_evaluators``.
+        evaluators: Names from the hook ``analog_evaluators``, or such records.
         batch_size: Rows of tokens evaluated together.
         settings: Further values that must be equal for cells to be used again.
 
@@ -139,32 +149,41 @@ def sweep(
         AnalogError: A noise model or evaluator is unknown, ``output`` holds another sweep, or a
             model that is to have noise is not analog.
     """
-    cells = noise_cells(noise, seeds)
+    cells, measures = noise_cells(noise, seeds), known(evaluators)
     own = {
         "tokens": hashlib.sha256(tokens.contiguous().cpu().numpy().tobytes()).hexdigest()[:16],
         "shape": list(tokens.shape),
-        "evaluators": list(evaluators),
         "original": None if original is None else original.identity,
     }
     file = SweepFile(_directory(output) / CELLS, own | dict(settings or {}))
     references = _References(original, tokens, batch_size)
     reports: dict[str, NoiseReport] = {}
     for name, entry in models.items():
-        known = {(c.noise, c.seed): c for c in file.report(name, entry.identity).cells}
+        found = file.metrics(name, entry.identity)
         asked = [cell for cell in cells if entry.noisy or cell.noise is None]
-        missing = [cell for cell in asked if (cell.label, cell.seed) not in known]
+        missing = [
+            (cell, todo)
+            for cell in asked
+            if (todo := [e for e in measures if (cell.label, cell.seed, e.name) not in found])
+        ]
         if missing:
             model = entry.load()
             if entry.noisy:
                 forward_state(model)  # a digital one would not be programmed
-            for cell in measure_cells(
-                model, tokens, missing, reference=references.of(model), evaluators=evaluators,
-                batch_size=batch_size, label=name,
-            ):  # fmt: skip
-                file.add(name, entry.identity, cell)
-                known[cell.noise, cell.seed] = cell
+            reference = references.of(model)
+            for cell, todo in progress_bar(missing, desc=f"Evaluating {name}"):
+                with evaluation_mode(model), programmed(model, cell.noise, cell.seed):
+                    for evaluator in todo:
+                        metrics = evaluator.evaluate(model, tokens, reference, batch_size)
+                        key = (cell.label, cell.seed, evaluator.name)
+                        file.add(name, entry.identity, key, metrics)
+                        found[key] = dict(metrics)
             del model
-        reports[name] = NoiseReport([known[cell.label, cell.seed] for cell in asked])
+        reports[name] = NoiseReport()
+        for cell in asked:
+            parts = [found[cell.label, cell.seed, evaluator.name] for evaluator in measures]
+            together = {metric: value for part in parts for metric, value in part.items()}
+            reports[name].cells.append(NoiseCell(cell.label, cell.seed, together))
     return reports
 
 

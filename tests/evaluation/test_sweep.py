@@ -215,4 +215,16 @@ def test_the_file_is_plain_json_lines(models, base, tokens, tmp_path):
     run(models, base, tokens, tmp_path)
     head, *cells = [json.loads(line) for line in (tmp_path / CELLS).read_text().splitlines()]
     assert head["settings"]["shape"] == list(tokens.shape)
-    assert all(cell.keys() == {"model", "identity", "noise", "seed", "metrics"} for cell in cells)
+    keys = {"model", "identity", "noise", "seed", "evaluator", "metrics"}
+    assert all(cell.keys() == keys for cell in cells)
+
+
+def test_another_evaluator_runs_alone(models, base, tokens, tmp_path, register):
+    before = run(models, base, tokens, tmp_path)
+    name = register("mean", lambda m, t, reference, size: {"mean": float(m(t).logits.mean())})
+    after = run(models, base, tokens, tmp_path, evaluators=["fidelity", name])
+    assert len((tmp_path / CELLS).read_text().splitlines()) == 1 + 2 * 6
+    for old, new in zip(before["analog"].cells, after["analog"].cells, strict=True):
+        assert new.metrics.keys() == old.metrics.keys() | {"mean"}
+        assert old.metrics.items() <= new.metrics.items()
+    assert run(models, base, tokens, tmp_path) == before

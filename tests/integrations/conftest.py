@@ -1,6 +1,9 @@
 import pytest
 import yaml
-from tiny_models import tiny, word_tokenizer
+from tiny_models import tiny, token_ids, word_tokenizer
+
+from analog_plugin import AnalogScheme, calibrate_ranges, convert_to_analog, save_checkpoint
+from analog_plugin.pretrained import load_causal_lm, load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -10,6 +13,25 @@ def model_directory(tmp_path_factory):
     tiny("llama").save_pretrained(directory)
     word_tokenizer().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoints(model_directory, tmp_path_factory):
+    """The tiny model as analog checkpoint and as int8 one."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    model = convert_to_analog(
+        load_causal_lm(model_directory).float().eval(), AnalogScheme(tile_rows=32)
+    )
+    calibrate_ranges(model, [{"input_ids": token_ids()}])
+    tokenizer = load_tokenizer(model_directory)
+    for name in ("analog-fp", "w8a8"):
+        save_checkpoint(model, root / name, profile=name, tokenizer=tokenizer)
+    return root
+
+
+@pytest.fixture(scope="session")
+def analog_directory(checkpoints):
+    return checkpoints / "analog-fp"
 
 
 @pytest.fixture(scope="session")

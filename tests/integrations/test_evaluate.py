@@ -10,18 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_models import token_ids
 
 from analog_integrations.optimum import main_evaluate
 from analog_integrations.optimum.cli_analog import _levels
 from analog_plugin import (
     AnalogError,
-    AnalogScheme,
-    calibrate_ranges,
-    convert_to_analog,
     evaluate_noise,
     load_checkpoint,
-    save_checkpoint,
 )
 from analog_plugin.data import evaluation_tokens
 from analog_plugin.evaluation import Reference
@@ -37,20 +32,6 @@ def command(*arguments):
 
 def run(*arguments, cwd, **options):
     return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=cwd, **options)
-
-
-@pytest.fixture(scope="session")
-def checkpoints(model_directory, tmp_path_factory):
-    """The tiny model as analog checkpoint and as int8 one."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    model = convert_to_analog(
-        load_causal_lm(model_directory).float().eval(), AnalogScheme(tile_rows=32)
-    )
-    calibrate_ranges(model, [{"input_ids": token_ids()}])
-    tokenizer = load_tokenizer(model_directory)
-    for name in ("analog-fp", "w8a8"):
-        save_checkpoint(model, root / name, profile=name, tokenizer=tokenizer)
-    return root
 
 
 def table(directory):

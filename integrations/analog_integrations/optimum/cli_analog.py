@@ -67,7 +67,17 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
         )
         parser.add_argument("--blocks", type=int, default=16, help="blocks of it (default: 16)")
         parser.add_argument("--length", type=int, default=256, help="their tokens (default: 256)")
-        parser.add_argument("--batch-size", type=int, default=4, help="blocks at once (default: 4)")
+        parser.add_argument(
+            "--tasks",
+            action="append",
+            help="tasks or groups of lm-eval, scored too: offline (needs no download), paper, "
+            "hellaswag,arc_easy",
+        )
+        parser.add_argument("--include-path", type=Path, help="directory of further tasks")
+        parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
+        parser.add_argument(
+            "--batch-size", type=int, default=4, help="blocks or questions at once (default: 4)"
+        )
         parser.add_argument(
             "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
         )
@@ -93,13 +103,16 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
                 given.models,
                 given.output,
                 noise=[item for text in given.noise or ["pcm"] for item in _levels(text)],
-                time=[item for text in given.time or [] for item in text.split(",") if item],
+                time=_split(given.time),
                 seeds=given.seeds,
                 original=given.original,
                 corpus=given.corpus,
                 blocks=given.blocks,
                 length=given.length,
                 batch_size=given.batch_size,
+                tasks=_split(given.tasks),
+                include_path=given.include_path,
+                limit=given.limit,
                 device=given.device,
                 dtype=given.dtype,
                 overwrite=given.overwrite,
@@ -110,6 +123,11 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
             raise SystemExit(
                 "interrupted: what was measured is kept; the same command goes on from there"
             ) from None
+
+
+def _split(given: list[str] | None) -> list[str]:
+    """Every item of lists with commas."""
+    return [item.strip() for text in given or [] for item in text.split(",") if item.strip()]
 
 
 def _levels(noise: str) -> list[str]:

@@ -36,6 +36,9 @@ def main_evaluate(
     blocks: int = 16,
     length: int = 256,
     batch_size: int = 4,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
     device: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
@@ -55,7 +58,11 @@ def main_evaluate(
             is one.
         corpus, blocks, length: What to measure on; see
             :func:`~analog_plugin.data.evaluation_tokens`.
-        batch_size: Blocks evaluated together.
+        batch_size: Blocks, or questions of a task, evaluated together.
+        tasks: Tasks or groups of lm-eval, scored beside perplexity and KL; ``"offline"`` (needs no
+            download) and ``"paper"`` are sets of them.
+        include_path: A directory with further tasks of lm-eval.
+        limit: Questions of each task; None: all.
         device: Where to compute; None: a GPU if there is one.
         dtype: Type of the weights.
         overwrite: Forget the cells in ``output``.
@@ -81,7 +88,18 @@ def main_evaluate(
     elif _kind(original, length) != "full":
         raise AnalogError(f"The original {original} is no full-precision model; give one.")
     first = original or next(iter(named.values()))
-    tokens = _tokens(first, corpus, blocks, length)
+    tokenizer = load_tokenizer(resolve_model(first), first)
+    if tokenizer is None:
+        raise AnalogError(f"The model {first} has no tokenizer beside it; give one that has.")
+    tokens = evaluation_tokens(tokenizer, blocks, length, corpus)
+    evaluators: list[Any] = ["fidelity"]
+    if tasks:
+        from analog_integrations.lm_eval.tasks import task_evaluators
+
+        evaluators += task_evaluators(
+            tasks, tokenizer, directory=Path(output) / "tasks", include_path=include_path,
+            limit=limit, batch_size=batch_size,
+        )  # fmt: skip
 
     def entry(source: str, kind: str) -> SweepModel:
         def load() -> Any:
@@ -100,6 +118,7 @@ def main_evaluate(
         seeds,
         output,
         original=None if original is None else entry(original, "original"),
+        evaluators=evaluators,
         batch_size=batch_size,
         settings={"corpus": corpus, "dtype": dtype, "device": place.partition(":")[0]},
     )
@@ -153,11 +172,3 @@ def _identity(source: str) -> str:
         if path.is_file()
     )
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
-
-
-def _tokens(source: str, corpus: str, blocks: int, length: int) -> Any:
-    resolved = resolve_model(source)
-    tokenizer = load_tokenizer(resolved, source)
-    if tokenizer is None:
-        raise AnalogError(f"The model {source} has no tokenizer beside it; give one that has.")
-    return evaluation_tokens(tokenizer, blocks, length, corpus)
