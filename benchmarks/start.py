@@ -68,7 +68,7 @@ def recipe(variant: str, steps: int) -> AnalogRecipe:
                 "sequence_length": LENGTH,
                 "batch_size": 80,
             },
-            "training": TRAINING | {"max_steps": steps} if steps else None,
+            "training": TRAINING | {"max_steps": max(steps, 1)},
             "evaluation": None,
         }
     )
@@ -80,7 +80,7 @@ def run(variant: str, steps: int, blocks: int, seeds: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     original = load_causal_lm(source, name=MODEL, dtype=torch.float32).eval()
     model = copy.deepcopy(original)
-    result = train_analog(model, recipe(variant, steps), tokenizer=tokenizer)
+    result = train_analog(model, recipe(variant, steps), tokenizer=tokenizer, train=steps > 0)
     prefix = installed_prefix(model)
     if prefix is not None:
         install_prefix(original, prefix)
