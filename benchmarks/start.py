@@ -5,11 +5,12 @@ published method with aihwkit-lightning: figures compare seed by seed.
 
     python benchmarks/start.py [--variants all,prefix,rescale,...] [--steps 0,40,80,176]
         [--blocks 40] [--seeds 10] [--threads 2] [--output benchmarks/results/start.json]
+        [--curve docs/images/curve.png]
 
 `all` is the preset; every other variant is the preset with one lever left out. Each number of steps
 (of 512 tokens; 0 does not train) is a run of its own, from the same start and with its own
 schedule. Prints a Markdown table; writes every cell as JSON, anew after each run, and goes on from
-there when started again.
+there when started again. `--curve` draws KL against training tokens, beside the reference's.
 """
 
 from __future__ import annotations
@@ -130,6 +131,50 @@ def table(runs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def curve(runs: dict[str, Any], reference: dict[str, Any], target: Path) -> None:
+    """Draw KL against training tokens: `all`, and the published method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axis = figure.subplots()
+    step = ROWS * LENGTH
+    ours = {
+        record["training"]["tokens"]: NoiseReport.from_dict(record["report"])
+        for key, record in runs.items()
+        if key.startswith("all/")
+    }
+    theirs = {
+        (0 if "start" in name else step * int("".join(filter(str.isdigit, name)))): (
+            NoiseReport.from_dict(report)
+        )
+        for name, report in reference["reports"].items()
+        if name != "digital original"
+    }
+    for label, points, colour in (
+        ("aihwkit-lightning, published method", theirs, "#d55e00"),
+        ("AFM_PLUS", ours, "#0072b2"),
+    ):
+        tokens = sorted(points)
+        for noise, line, said in (("pcm", "-", "PCM noise"), ("none", "--", "no noise")):
+            means = [points[t].mean(noise, "kl") for t in tokens]
+            spread = [points[t].std(noise, "kl") if noise == "pcm" else 0.0 for t in tokens]
+            axis.errorbar(
+                tokens, means, spread, fmt=f"o{line}", color=colour, ms=4, lw=1.5, capsize=3,
+                label=f"{label}, {said}",
+            )  # fmt: skip
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("training tokens", fontsize=8)
+    axis.set_title(
+        "KL to the original, nats per token (± over 10 noise seeds)", fontsize=9, loc="left"
+    )
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#e6e6e6", lw=0.6)
+    axis.legend(fontsize=7, frameon=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=160)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", default=",".join(VARIANTS))
@@ -138,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="number of noise seeds")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/start.json"))
+    parser.add_argument("--curve", type=Path, help="draw KL against training tokens here")
     arguments = parser.parse_args()
     chosen = arguments.variants.split(",")
     for variant in chosen:
@@ -168,6 +214,9 @@ def main() -> None:
                 arguments.output.parent.mkdir(parents=True, exist_ok=True)
                 arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record["runs"]))
+    if arguments.curve:
+        reference = json.loads(Path("benchmarks/results/reference.json").read_text())
+        curve(record["runs"], reference, arguments.curve)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.evaluation.fidelity import Reference
 from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, known, noise_cells, programmed
+from analog_plugin.evaluation.records import RecordFile
 from analog_plugin.layers import forward_state
 from analog_plugin.layers.prefix import install_prefix, installed_prefix, remove_prefix
 from analog_plugin.modes import evaluation_mode
@@ -44,74 +42,10 @@ class SweepModel:
     noisy: bool = True
 
 
-@dataclass
-class SweepFile:
-    """Finished cells in a file of JSON lines, the first of which holds the settings.
-
-    Args:
-        path: The file; made with the first cell.
-        settings: What cells must have in common to stand in one table.
-
-    Raises:
-        AnalogError: The file holds a sweep with other settings, or no sweep.
-    """
-
-    path: Path
-    settings: Mapping[str, Any]
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.path.exists():
-            return
-        whole = self.path.read_bytes()
-        # What was being written when a run was killed is no line yet.
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if len(kept) < len(whole):
-            os.truncate(self.path, len(kept))
-        lines = kept.decode("utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                if number == 1:
-                    found = record["settings"]
-                    continue
-                hash((record["noise"], record["seed"]))
-                dict(record["metrics"])
-                str(record["model"] + record["identity"] + record["evaluator"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise AnalogError(
-                    f"Line {number} of {self.path} is no cell of a sweep: {one_line(error)}; "
-                    "remove the line, or give another output directory."
-                ) from None
-            self.records.append(record)
-        if lines and found != json.loads(json.dumps(self.settings)):
-            keys = {**found, **self.settings}
-            changed = [key for key in keys if found.get(key) != self.settings.get(key)]
-            raise AnalogError(
-                f"{self.path} holds a sweep with other settings ({', '.join(sorted(changed))}); "
-                "give another output directory, or --overwrite (overwrite=True) to begin anew."
-            )
-
-    def metrics(self, name: str, identity: str) -> dict[CellKey, dict[str, float]]:
-        """What was measured of one model, by noise, seed and evaluator."""
-        return {
-            (r["noise"], r["seed"], r["evaluator"]): r["metrics"]
-            for r in self.records
-            if (r["model"], r["identity"]) == (name, identity)
-        }
-
-    def add(self, name: str, identity: str, key: CellKey, metrics: Mapping[str, float]) -> None:
-        """Keep a cell: it is on disk when this returns."""
-        noise, seed, evaluator = key
-        cell = {"noise": noise, "seed": seed, "evaluator": evaluator, "metrics": dict(metrics)}
-        record = {"model": name, "identity": identity, **cell}
-        new = not self.path.exists() or self.path.stat().st_size == 0
-        lines = [{"settings": self.settings}, record] if new else [record]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        self.records.append(record)
+def _check(record: dict[str, Any]) -> None:
+    hash((record["noise"], record["seed"]))
+    dict(record["metrics"])
+    str(record["model"] + record["identity"] + record["evaluator"])
 
 
 @torch.no_grad()
@@ -155,11 +89,15 @@ def sweep(
         "shape": list(tokens.shape),
         "original": None if original is None else original.identity,
     }
-    file = SweepFile(_directory(output) / CELLS, own | dict(settings or {}))
+    file = RecordFile(Path(output) / CELLS, own | dict(settings or {}), _check)
     references = _References(original, tokens, batch_size)
     reports: dict[str, NoiseReport] = {}
     for name, entry in models.items():
-        found = file.metrics(name, entry.identity)
+        found: dict[CellKey, dict[str, float]] = {
+            (r["noise"], r["seed"], r["evaluator"]): r["metrics"]
+            for r in file.records
+            if (r["model"], r["identity"]) == (name, entry.identity)
+        }
         asked = [cell for cell in cells if entry.noisy or cell.noise is None]
         missing = [
             (cell, todo)
@@ -176,8 +114,17 @@ def sweep(
                     for evaluator in todo:
                         metrics = evaluator.evaluate(model, tokens, reference, batch_size)
                         key = (cell.label, cell.seed, evaluator.name)
-                        file.add(name, entry.identity, key, metrics)
                         found[key] = dict(metrics)
+                        file.add(
+                            {
+                                "model": name,
+                                "identity": entry.identity,
+                                "noise": cell.label,
+                                "seed": cell.seed,
+                                "evaluator": evaluator.name,
+                                "metrics": found[key],
+                            }
+                        )
             del model
         reports[name] = NoiseReport()
         for cell in asked:
@@ -185,15 +132,6 @@ def sweep(
             together = {metric: value for part in parts for metric, value in part.items()}
             reports[name].cells.append(NoiseCell(cell.label, cell.seed, together))
     return reports
-
-
-def _directory(output: str | Path) -> Path:
-    directory = Path(output)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AnalogError(f"The output {output} cannot be written ({error}).") from None
-    return directory
 
 
 class _References:
