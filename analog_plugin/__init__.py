@@ -20,6 +20,7 @@ _PUBLIC = {
     "calibrate_ranges": "analog_plugin.training",
     "convert_to_analog": "analog_plugin.layers",
     "evaluate_noise": "analog_plugin.evaluation",
+    "evaluate_test_time_scaling": "analog_plugin.evaluation",
     "generate_dataset": "analog_plugin.data",
     "analyze_sensitivity": "analog_plugin.evaluation.sensitivity",
     "load_checkpoint": "analog_plugin.checkpoint",
@@ -41,6 +42,7 @@ __all__ = [
     "calibrate_ranges",
     "convert_to_analog",
     "evaluate_noise",
+    "evaluate_test_time_scaling",
     "generate_dataset",
     "load_checkpoint",
     "prepare_start",
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from analog_plugin.checkpoint import load_checkpoint, save_checkpoint
     from analog_plugin.data import generate_dataset
     from analog_plugin.errors import AnalogError
-    from analog_plugin.evaluation import evaluate_noise
+    from analog_plugin.evaluation import evaluate_noise, evaluate_test_time_scaling
     from analog_plugin.evaluation.sensitivity import analyze_sensitivity
     from analog_plugin.layers import AnalogLinear, convert_to_analog, to_digital
     from analog_plugin.recipe import AnalogRecipe

@@ -110,7 +110,7 @@ def _sample(model: Any, request: dict[str, Any]) -> Tensor:
     devices = [device] if device.type == "cuda" else []
     with (
         evaluation_mode(model),
-        _own_generation_config(model),
+        own_generation_config(model),
         torch.random.fork_rng(devices),
         progress_counter(
             desc="Sampling training tokens", total=rows_wanted * length, unit="tok"
@@ -144,7 +144,7 @@ def _sample(model: Any, request: dict[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _own_generation_config(model: Any) -> Iterator[None]:
+def own_generation_config(model: Any) -> Iterator[None]:
     """Within this context only the arguments of ``generate`` count.
 
     What a model brings (beams, penalties, suppressed tokens, a time limit) would bias the samples.

@@ -14,7 +14,7 @@ from analog_plugin.noise.specification import NoiseName, split_label
 
 #: Told apart with any colour vision, and by lightness in print (Okabe and Ito's palette).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_INK, _MUTED = "#222222", "#666666"
+INK, MUTED = "#222222", "#666666"
 _UNITS = (("y", 365 * 86400.0), ("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
@@ -68,17 +68,18 @@ def _by_time(names: Mapping[str, NoiseName]) -> dict[tuple[str, Any], list[tuple
     return {key: sorted(found) for key, found in groups.items() if len(found) > 1}
 
 
-def _axes(metric: str, height: float) -> tuple[Any, Any]:
+def axes(title: str, height: float) -> tuple[Any, Any]:
+    """A figure of this height in inches, with one pair of axes in the house's style."""
     require("matplotlib", "eval")
     from matplotlib.figure import Figure  # not pyplot: no window, whatever the process shows
 
     figure = Figure(figsize=(4.8, height), layout="constrained")
     axis = figure.subplots()
-    axis.tick_params(colors=_MUTED, labelsize=8)
+    axis.tick_params(colors=MUTED, labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#e6e6e6", lw=0.6)
     axis.set_axisbelow(True)
-    axis.set_title(TITLES.get(metric, metric), fontsize=9, color=_INK, loc="left")
+    axis.set_title(TITLES.get(title, title), fontsize=9, color=INK, loc="left")
     return figure, axis
 
 
@@ -89,7 +90,7 @@ def _dots(reports: Mapping[str, NoiseReport], labels: Sequence[str], metric: str
         for (model, report), colour in zip(reports.items(), _colours(reports), strict=True)
         if report.values(noise, metric)
     ][::-1]
-    figure, axis = _axes(metric, 0.6 + 0.26 * len(lines))
+    figure, axis = axes(metric, 0.6 + 0.26 * len(lines))
     for row, (noise, model, colour) in enumerate(lines):
         points = reports[model].values(noise, metric)
         mean = sum(points) / len(points)
@@ -97,7 +98,7 @@ def _dots(reports: Mapping[str, NoiseReport], labels: Sequence[str], metric: str
         axis.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, lw=2)
         axis.annotate(
             f"{mean:.3g}", (max(points), row), xytext=(6, -3), textcoords="offset points",
-            fontsize=7, color=_INK,
+            fontsize=7, color=INK,
         )  # fmt: skip
     words = {"none": "no noise"}
     shown = [f"{model}, {words.get(noise, noise)}" for noise, model, _ in lines]
@@ -114,7 +115,7 @@ def _curves(
     name: str,
     kind: str,
 ) -> Any:
-    figure, axis = _axes(metric, 3.2)
+    figure, axis = axes(metric, 3.2)
     for (model, report), colour in zip(reports.items(), _colours(reports), strict=True):
         found = [(x, Summary.of(report.values(label, metric))) for x, label in members]
         found = [(x, summary) for x, summary in found if summary.count]
@@ -132,7 +133,7 @@ def _curves(
         axis.set_xticks([x for x, _ in members], [duration(x) for x, _ in members])
         axis.minorticks_off()
     said = "time since programming" if kind == "time" else "level"
-    axis.set_xlabel(f"{name}: {said}", fontsize=8, color=_MUTED)
+    axis.set_xlabel(f"{name}: {said}", fontsize=8, color=MUTED)
     axis.legend(fontsize=7, frameon=False)
     return figure
 

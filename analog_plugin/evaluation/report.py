@@ -88,7 +88,7 @@ def write_report(
         parts += [f"<h2>{_TITLES[kind]}</h2>", f'<p class="muted">{_SAID[kind]}</p>']
         parts.append('<div class="figures">')
         for name, figure in chosen.items():
-            figure.savefig(directory / f"{_file_name(name)}.png", dpi=160)
+            figure.savefig(directory / f"{file_name(name)}.png", dpi=160)
             label = html.escape(name, quote=True)
             parts.append(f'<figure role="img" aria-label="{label}">{svg(figure, name)}</figure>')
         parts.append("</div>")
@@ -99,7 +99,7 @@ def write_report(
             _table(differences),
         ]
     parts.append(f'<p class="muted">{html.escape(said[-1])}</p>')
-    (directory / "report.html").write_text(_page(title, parts), encoding="utf-8")
+    (directory / "report.html").write_text(page(title, parts), encoding="utf-8")
     return text
 
 
@@ -126,7 +126,8 @@ def _table(table: Sequence[Row]) -> str:
     )
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page from its parts, which are HTML already."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -136,6 +137,6 @@ def _page(title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """A figure's name with nothing in it that a file's name cannot have."""
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from analog_plugin.evaluation.problems import Problem
+
 ARITHMETIC = "analog_arithmetic"
 PAIRS = "analog_minimal_pairs"
 _SHOTS = 8
@@ -41,11 +43,10 @@ def write_offline_tasks(directory: str | Path, *, seed: int = 0) -> list[str]:
         The tasks' names.
     """
     root = Path(directory).resolve()
-    questions = list(arithmetic(seed))
-    worked = "".join(f"{q['question']} {q['answer']}\n" for q in questions[:_SHOTS])
+    worked, questions = _worked(seed)
     _write(
         root / ARITHMETIC,
-        questions[_SHOTS:],
+        questions,
         {
             "task": ARITHMETIC,
             "output_type": "generate_until",
@@ -84,6 +85,19 @@ def write_offline_tasks(directory: str | Path, *, seed: int = 0) -> list[str]:
         },
     )
     return [ARITHMETIC, PAIRS]
+
+
+def arithmetic_problems(seed: int = 0) -> list[Problem]:
+    """The task's questions behind its worked examples, for test-time scaling."""
+    worked, questions = _worked(seed)
+    return [Problem(worked + q["question"], q["answer"]) for q in questions]
+
+
+def _worked(seed: int) -> tuple[str, list[dict[str, Any]]]:
+    """The worked examples as text, and the questions that are left."""
+    questions = list(arithmetic(seed))
+    shown = "".join(f"{q['question']} {q['answer']}\n" for q in questions[:_SHOTS])
+    return shown, questions[_SHOTS:]
 
 
 def arithmetic(seed: int = 0) -> Iterator[dict[str, Any]]:

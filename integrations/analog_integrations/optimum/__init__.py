@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from analog_integrations.optimum.export import main_export
     from analog_integrations.optimum.modeling import AnalogModelForCausalLM
+    from analog_integrations.optimum.scaling import main_test_time
 
-__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export"]
+__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export", "main_test_time"]
 
 _MODULES = {
     "AnalogModelForCausalLM": "modeling",
     "main_evaluate": "evaluate",
     "main_export": "export",
+    "main_test_time": "scaling",
 }
 
 

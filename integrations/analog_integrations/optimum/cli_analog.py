@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -26,6 +28,21 @@ page is OUTPUT/report.html; beside it are table.md, table.csv and every figure a
 """
 
 
+_TEST_TIME = """\
+Draw many answers to each problem from models under hardware noise, and measure the accuracy of
+votes over them against their number: each noise seed is one chip.
+"""
+
+_TEST_TIME_EXAMPLES = """\
+examples:
+  optimum-cli analog test-time demo:smollm2-135m-instruct demo-out --samples 16 --output scaling
+  optimum-cli analog test-time demo-out --problems my-problems.jsonl --limit 100 --output scaling
+
+Every finished problem is kept in OUTPUT/samples.jsonl: the same command goes on where it was
+interrupted. The page is OUTPUT/test-time.html; beside it are test-time.md and test-time.csv.
+"""
+
+
 class AnalogEvaluateCommand(BaseOptimumCLICommand):
     """Measure models under hardware noise."""
 
@@ -37,24 +54,7 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
         parser.description = _EVALUATE
         parser.epilog = _EVALUATE_EXAMPLES
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.add_argument(
-            "models", nargs="+", metavar="model", help="directory, hub id or demo:NAME"
-        )
-        parser.add_argument(
-            "-o", "--output", type=Path, required=True, help="directory of the measurements"
-        )
-        parser.add_argument(
-            "--noise",
-            action="append",
-            help="noise model, also with levels: gaussian:0.01,0.02; give it several times for "
-            "several (default: pcm)",
-        )
-        parser.add_argument(
-            "--time",
-            action="append",
-            help="times since programming at which drifting models are read: 1s,1h,1d,1y",
-        )
-        parser.add_argument("--seeds", type=int, default=10, help="noise seeds (default: 10)")
+        _add_common(parser, seeds=10, batch_size=4)
         parser.add_argument(
             "--original",
             help="full-precision original, for KL and top-1 (default: the first such model)",
@@ -75,34 +75,17 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
         )
         parser.add_argument("--include-path", type=Path, help="directory of further tasks")
         parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
-        parser.add_argument(
-            "--batch-size", type=int, default=4, help="blocks or questions at once (default: 4)"
-        )
-        parser.add_argument(
-            "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
-        )
-        parser.add_argument(
-            "--dtype",
-            default="float32",
-            choices=("float32", "bfloat16", "float16"),
-            help="type of the weights (default: float32)",
-        )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="forget what was measured in OUTPUT"
-        )
 
     def run(self) -> None:
         """Run :func:`main_evaluate`; a user's error is one sentence and exit status 1."""
-        from analog_plugin.errors import AnalogError
-
         given = self.args
-        try:
+        with _errors_are_sentences():
             from analog_integrations.optimum.evaluate import main_evaluate
 
             main_evaluate(
                 given.models,
                 given.output,
-                noise=[item for text in given.noise or ["pcm"] for item in _levels(text)],
+                noise=_noises(given.noise),
                 time=_split(given.time),
                 seeds=given.seeds,
                 original=given.original,
@@ -117,12 +100,114 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
                 dtype=given.dtype,
                 overwrite=given.overwrite,
             )
-        except AnalogError as error:
-            raise SystemExit(f"error: {error}") from None
-        except KeyboardInterrupt:
-            raise SystemExit(
-                "interrupted: what was measured is kept; the same command goes on from there"
-            ) from None
+
+
+class AnalogTestTimeCommand(BaseOptimumCLICommand):
+    """Measure accuracy against the number of samples."""
+
+    COMMAND = CommandInfo(name="test-time", help="Accuracy against samples a problem, under noise.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.description = _TEST_TIME
+        parser.epilog = _TEST_TIME_EXAMPLES
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        _add_common(parser, seeds=3, batch_size=16)
+        parser.add_argument(
+            "--problems",
+            default="arithmetic",
+            help="arithmetic (no download), gsm8k, math500, or a JSON-lines file with prompt and "
+            "answer (default: arithmetic)",
+        )
+        parser.add_argument(
+            "--samples", type=int, default=16, help="answers to each problem (default: 16)"
+        )
+        parser.add_argument(
+            "--temperature", type=float, default=0.7, help="of the sampling (default: 0.7)"
+        )
+        parser.add_argument("--max-new-tokens", type=int, help="of an answer")
+        parser.add_argument("--limit", type=int, help="problems (default: all)")
+        parser.add_argument("--reward", help="reward model, for the best of n and weighted votes")
+
+    def run(self) -> None:
+        """Run :func:`main_test_time`; a user's error is one sentence and exit status 1."""
+        given = self.args
+        with _errors_are_sentences():
+            from analog_integrations.optimum.scaling import main_test_time
+
+            main_test_time(
+                given.models,
+                given.output,
+                problems=given.problems,
+                noise=_noises(given.noise),
+                time=_split(given.time),
+                seeds=given.seeds,
+                samples=given.samples,
+                temperature=given.temperature,
+                max_new_tokens=given.max_new_tokens,
+                limit=given.limit,
+                reward=given.reward,
+                batch_size=given.batch_size,
+                device=given.device,
+                dtype=given.dtype,
+                overwrite=given.overwrite,
+            )
+
+
+def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int) -> None:
+    """Arguments of every command that measures models under noise."""
+    parser.add_argument("models", nargs="+", metavar="model", help="directory, hub id or demo:NAME")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="directory of the measurements"
+    )
+    parser.add_argument(
+        "--noise",
+        action="append",
+        help="noise model, also with levels: gaussian:0.01,0.02; give it several times for "
+        "several (default: pcm)",
+    )
+    parser.add_argument(
+        "--time",
+        action="append",
+        help="times since programming at which drifting models are read: 1s,1h,1d,1y",
+    )
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"noise seeds (default: {seeds})")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        help=f"blocks, questions or samples at once (default: {batch_size})",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (default: float32)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="forget what was measured in OUTPUT"
+    )
+
+
+@contextlib.contextmanager
+def _errors_are_sentences() -> Iterator[None]:
+    """A user's error becomes one sentence and exit status 1, an interruption says what is kept."""
+    from analog_plugin.errors import AnalogError
+
+    try:
+        yield
+    except AnalogError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "interrupted: what was measured is kept; the same command goes on from there"
+        ) from None
+
+
+def _noises(given: list[str] | None) -> list[str]:
+    return [item for text in given or ["pcm"] for item in _levels(text)]
 
 
 def _split(given: list[str] | None) -> list[str]:
@@ -152,5 +237,10 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="evaluate",
             help="Measure models under hardware noise.",
             subcommand_class=AnalogEvaluateCommand,
+        ),
+        CommandInfo(
+            name="test-time",
+            help="Accuracy against samples a problem, under noise.",
+            subcommand_class=AnalogTestTimeCommand,
         ),
     )

@@ -75,17 +75,15 @@ def main_evaluate(
     """
     for module in ("scipy.stats", "matplotlib"):  # before the long work, not after it
         require(module, "eval")
-    named = dict(models) if isinstance(models, Mapping) else _named(models)
-    if not named:
-        raise AnalogError("No model was given; give a directory, a hub id or demo:NAME.")
+    named = named_models(models)
     noises = [None, *at_times(noise, time)]
     for item in noises:  # refused before anything is loaded
         resolve_noise(item)
-    kinds = {name: _kind(source, length) for name, source in named.items()}
+    kinds = {name: kind_of(source, length) for name, source in named.items()}
     place = resolve_device(device, dtype)
     if original is None:
         original = next((named[n] for n, kind in kinds.items() if kind == "full"), None)
-    elif _kind(original, length) != "full":
+    elif kind_of(original, length) != "full":
         raise AnalogError(f"The original {original} is no full-precision model; give one.")
     first = original or next(iter(named.values()))
     tokenizer = load_tokenizer(resolve_model(first), first)
@@ -103,11 +101,11 @@ def main_evaluate(
 
     def entry(source: str, kind: str) -> SweepModel:
         def load() -> Any:
-            model = _load(source, kind, dtype, place)
+            model = load_entry(source, kind, dtype, place)
             check_token_ids(model, tokens, f"The corpus, read for {source},")
             return model
 
-        return SweepModel(load, _identity(source), noisy=kind != "quantized")
+        return SweepModel(load, identity(source), noisy=kind != "quantized")
 
     if overwrite:
         (Path(output) / CELLS).unlink(missing_ok=True)
@@ -132,16 +130,28 @@ def main_evaluate(
     return reports
 
 
-def _named(models: Sequence[str]) -> dict[str, str]:
-    """Models by the last part of what they are called, where that tells them apart."""
+def named_models(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Models by name: the last part of what they are called, where that tells them apart.
+
+    Raises:
+        AnalogError: There is none, or one twice.
+    """
+    if not models:
+        raise AnalogError("No model was given; give a directory, a hub id or demo:NAME.")
+    if isinstance(models, Mapping):
+        return dict(models)
     short = [model.rstrip("/").rsplit("/", 1)[-1] for model in models]
     if len(set(models)) != len(models):
         raise AnalogError(f"A model is given twice among {', '.join(models)}; give each once.")
     return dict(zip(short if len(set(short)) == len(short) else models, models, strict=True))
 
 
-def _kind(source: str, length: int) -> str:
-    """``analog`` (a checkpoint of ours), ``quantized`` or ``full``; it must read ``length``."""
+def kind_of(source: str, length: int = 0) -> str:
+    """``analog`` (a checkpoint of ours), ``quantized`` or ``full``.
+
+    Raises:
+        AnalogError: It is no causal language model, or reads fewer than ``length`` tokens.
+    """
     config = read_model_config(resolve_model(source), source)
     check_sequence_length(config, length, "length")
     if getattr(config, "analog_config", None) is not None:
@@ -149,7 +159,14 @@ def _kind(source: str, length: int) -> str:
     return "quantized" if getattr(config, "quantization_config", None) is not None else "full"
 
 
-def _load(source: str, kind: str, dtype: str, device: str) -> Any:
+def load_entry(source: str, kind: str, dtype: str, device: str) -> Any:
+    """Load a model of :func:`kind_of`, ready to be programmed if it can be.
+
+    Args:
+        source: What the user called it.
+        kind: As told by ``kind_of``, or ``"original"``: full precision, left digital.
+        dtype, device: Of its weights.
+    """
     import torch
 
     if kind == "analog":
@@ -161,7 +178,7 @@ def _load(source: str, kind: str, dtype: str, device: str) -> Any:
     return model.eval() if kind == "original" else convert_to_analog(model.eval(), NOISE_ONLY)
 
 
-def _identity(source: str) -> str:
+def identity(source: str) -> str:
     """A hash of the names, sizes and times of a local model's files; empty for a hub id."""
     directory = Path(resolve_model(source))
     if not directory.is_dir():

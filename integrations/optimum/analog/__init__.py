@@ -1,5 +1,10 @@
 """``optimum.analog``: the import path that Optimum's users expect."""
 
-from analog_integrations.optimum import AnalogModelForCausalLM, main_evaluate, main_export
+from analog_integrations.optimum import (
+    AnalogModelForCausalLM,
+    main_evaluate,
+    main_export,
+    main_test_time,
+)
 
-__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export"]
+__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export", "main_test_time"]
