@@ -1,7 +1,8 @@
 """What each lever of the preset `AFM_PLUS` is worth on the demo model, trained or not.
 
 Tokens, evaluation blocks, metrics and device errors are those of `reference.py`, which runs the
-published method with aihwkit-lightning: figures compare seed by seed.
+published method with aihwkit-lightning: figures compare seed by seed. With the digital prefix, KL
+is to the original with the same prefix.
 
     python benchmarks/start.py [--variants all,prefix,rescale,...] [--steps 0,40,80,176]
         [--blocks 40] [--seeds 10] [--threads 2] [--output benchmarks/results/start.json]

@@ -79,7 +79,10 @@ def check_w8a8(model: nn.Module) -> None:
 
 
 def write_w8a8(model: Any, directory: Path) -> None:
-    """int8 weights with one scale a channel, and static 8-bit inputs; purely digital."""
+    """int8 weights with one scale a channel, and static 8-bit inputs; purely digital.
+
+    But for the layers that :func:`~analog_plugin.checkpoint.plain.plain_layers` leaves out.
+    """
     scales = plain_input_scales(model)
     state = _digital_state(model)
     for name, layer in plain_layers(model).items():

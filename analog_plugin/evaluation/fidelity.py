@@ -16,6 +16,8 @@ from analog_plugin.progress import progress_bar
 from analog_plugin.training.hidden import HiddenStates
 from analog_plugin.training.loss import kl_divergence
 
+#: Logits that :class:`Reference` may keep.
+_KEPT_BYTES = 2**32
 METRICS = ("perplexity", "kl", "agreement")
 
 
@@ -25,6 +27,11 @@ class Reference:
 
     Hidden states and the head take a small part of the memory that logits would. Where there are
     few tokens and many models to compare, ``kept`` holds the logits all the same.
+
+    Args:
+        hidden: [N, S, H].
+        states: Reads the original.
+        kept: [N, S, V], or None.
     """
 
     hidden: Tensor
@@ -36,14 +43,20 @@ class Reference:
     def of(
         cls, model: nn.Module, tokens: Tensor, batch_size: int = 4, *, keep_logits: bool = False
     ) -> Reference:
-        """Run ``model`` over ``tokens`` [N, S]."""
+        """Run ``model`` over ``tokens`` [N, S].
+
+        Args:
+            keep_logits: Keep them, if they take at most 4 GiB.
+        """
         states = HiddenStates.of(model)
         device = next(model.parameters()).device
         batches = progress_bar(tokens.split(batch_size), desc="Running the original")
         with evaluation_mode(model):
             hidden = [states(input_ids=batch.to(device)).cpu() for batch in batches]
             found = cls(torch.cat(hidden), states)
-            if keep_logits:
+            one = found.logits(slice(0, 1), slice(0, 1))
+            size = found.hidden.shape[:2].numel() * one.numel() * one.element_size()
+            if keep_logits and size <= _KEPT_BYTES:
                 found.kept = found.logits(slice(None), slice(None))
         return found
 

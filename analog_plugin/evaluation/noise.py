@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, shown
 from analog_plugin.evaluation.fidelity import Reference
 from analog_plugin.layers import analog_layers, digital_layers, forward_state
 from analog_plugin.modes import evaluation_mode
@@ -38,7 +38,11 @@ class NoiseReport:
 
     def values(self, noise: str, metric: str) -> list[float]:
         """The metric under each seed."""
-        return [cell.metrics[metric] for cell in self.cells if cell.noise == noise]
+        return [
+            cell.metrics[metric]
+            for cell in self.cells
+            if cell.noise == noise and metric in cell.metrics
+        ]
 
     def mean(self, noise: str, metric: str) -> float:
         """Mean over seeds; NaN where it was not measured."""
@@ -48,7 +52,9 @@ class NoiseReport:
     def std(self, noise: str, metric: str) -> float:
         """Standard deviation over seeds (n - 1); NaN for a single one."""
         values = self.values(noise, metric)
-        return statistics.stdev(values) if len(values) > 1 else math.nan
+        # statistics itself fails on infinities and NaN.
+        enough = len(values) > 1 and all(map(math.isfinite, values))
+        return statistics.stdev(values) if enough else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, one record a cell; :meth:`from_dict` reads them back."""
@@ -136,15 +142,38 @@ def noise_cells(
         AnalogError: A noise model is unknown, or there is no seed.
     """
     if isinstance(seeds, int):
-        if seeds < 1:
+        if seeds < 1 or isinstance(seeds, bool):
             raise AnalogError(f"seeds is {seeds}, but must be at least 1; write seeds: 10.")
         seeds = range(seeds)
-    return [
+    if not seeds:
+        raise AnalogError("seeds is an empty list; give at least one seed, or their number.")
+    cells = [
         CellRequest(noise_label(item), model, seed)
         for item in noise
         for model in (resolve_noise(item),)
         for seed in (seeds if model is not None else (None,))
     ]
+    # One that is named twice is no second chip.
+    return list({(cell.label, cell.seed, id(cell.noise)): cell for cell in cells}.values())
+
+
+def named_cells(
+    noise: Sequence[str | Mapping[str, Any] | None], seeds: int | Sequence[int]
+) -> list[CellRequest]:
+    """As :func:`noise_cells`, of noise models that a file can name.
+
+    Raises:
+        AnalogError: As there, and where a noise model is an object, which has no name to know it
+            again by.
+    """
+    for item in noise:
+        if not (item is None or isinstance(item, (str, Mapping))):
+            raise AnalogError(
+                f"noise is {shown(item)}, but what is kept in a file needs a noise model by name; "
+                "write noise: pcm, or offer it through the hook analog_noise_models."
+            )
+    cells = noise_cells(noise, seeds)
+    return list({(cell.label, cell.seed): cell for cell in cells}.values())
 
 
 @contextlib.contextmanager

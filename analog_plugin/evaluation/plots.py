@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from analog_plugin.errors import require
 from analog_plugin.evaluation.noise import NoiseReport
 from analog_plugin.evaluation.tables import TITLES, Summary
+from analog_plugin.noise.programming import SECONDS
 from analog_plugin.noise.specification import NoiseName, split_label
 
 #: Told apart with any colour vision, and by lightness in print (Okabe and Ito's palette).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 INK, MUTED = "#222222", "#666666"
-_UNITS = (("y", 365 * 86400.0), ("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
 def figures(reports: Mapping[str, NoiseReport]) -> dict[str, Any]:
@@ -26,6 +27,27 @@ def figures(reports: Mapping[str, NoiseReport]) -> dict[str, Any]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
+    with names_as_they_are():
+        return _figures(reports)
+
+
+@contextlib.contextmanager
+def names_as_they_are() -> Iterator[None]:
+    """Within this context text of figures is text: a dollar sign begins no formula."""
+    require("matplotlib", "eval")
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):
+        yield
+
+
+def legend(axis: Any) -> None:
+    """A legend of all lines with a name, whatever its first letter."""
+    lines = [line for line in axis.get_lines() if line.get_gid()]
+    axis.legend(lines, [line.get_gid() for line in lines], fontsize=7, frameon=False)
+
+
+def _figures(reports: Mapping[str, NoiseReport]) -> dict[str, Any]:
     cells = [cell for report in reports.values() for cell in report.cells]
     labels = list(dict.fromkeys(cell.noise for cell in cells))
     metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.metrics))
@@ -70,7 +92,6 @@ def _by_time(names: Mapping[str, NoiseName]) -> dict[tuple[str, Any], list[tuple
 
 def axes(title: str, height: float) -> tuple[Any, Any]:
     """A figure of this height in inches, with one pair of axes in the house's style."""
-    require("matplotlib", "eval")
     from matplotlib.figure import Figure  # not pyplot: no window, whatever the process shows
 
     figure = Figure(figsize=(4.8, height), layout="constrained")
@@ -122,7 +143,7 @@ def _curves(
         if not found:
             continue
         xs = [x for x, _ in found]
-        axis.plot(xs, [s.mean for _, s in found], "o-", color=colour, ms=4, lw=1.5, label=model)
+        axis.plot(xs, [s.mean for _, s in found], "o-", color=colour, ms=4, lw=1.5, gid=model)
         low, high = ([getattr(s, end) for _, s in found] for end in ("low", "high"))
         axis.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
         clean = report.mean("none", metric)
@@ -134,13 +155,13 @@ def _curves(
         axis.minorticks_off()
     said = "time since programming" if kind == "time" else "level"
     axis.set_xlabel(f"{name}: {said}", fontsize=8, color=MUTED)
-    axis.legend(fontsize=7, frameon=False)
+    legend(axis)
     return figure
 
 
 def duration(seconds: float) -> str:
     """A time in its largest whole unit: 3600 seconds are ``"1h"``."""
-    for unit, size in _UNITS:
+    for unit, size in reversed(SECONDS.items()):
         if seconds >= size and seconds % size == 0:
             return f"{seconds / size:g}{unit}"
     return f"{seconds:g}s"

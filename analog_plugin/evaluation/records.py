@@ -21,27 +21,34 @@ class RecordFile:
         settings: Plain values. A file with others is refused.
         check: Called with each record that is read; raises KeyError, TypeError or ValueError where
             it is none.
+        overwrite: Remove the file first.
 
     Raises:
-        AnalogError: The file holds records of other settings or damaged ones, or its directory
-            cannot be made.
+        AnalogError: The file holds records of other settings or damaged ones, or it cannot be read
+            and written.
     """
 
     path: Path
     settings: Mapping[str, Any]
     check: Callable[[dict[str, Any]], Any]
+    overwrite: bool = False
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.overwrite:
+                self.path.unlink(missing_ok=True)
             whole = self.path.read_bytes() if self.path.exists() else b""
             # What was being written when a run was killed is no line yet.
             kept = whole[: whole.rfind(b"\n") + 1]
+            self._read(kept)
             if len(kept) < len(whole):
                 os.truncate(self.path, len(kept))
         except OSError as error:
-            raise AnalogError(f"{self.path} cannot be written ({error}).") from None
+            raise AnalogError(f"{self.path} cannot be read and written ({error}).") from None
+
+    def _read(self, kept: bytes) -> None:
         lines = kept.decode("utf-8", errors="replace").split("\n")[:-1]
         for number, line in enumerate(lines, 1):
             try:
@@ -53,9 +60,10 @@ class RecordFile:
             except AnalogError:
                 raise
             except (ValueError, KeyError, TypeError, AttributeError) as error:
+                way = "remove the line, or " if number > 1 else ""
                 raise AnalogError(
-                    f"Line {number} of {self.path} cannot be used: {one_line(error)}; remove the "
-                    "line, or give another output directory."
+                    f"Line {number} of {self.path} cannot be used: {one_line(error)}; {way}give "
+                    "another output directory, or --overwrite (overwrite=True) to begin anew."
                 ) from None
             self.records.append(record)
 
@@ -71,6 +79,8 @@ class RecordFile:
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(self.settings))
+        if not isinstance(found, dict):
+            raise TypeError("there are no settings")
         if found != wanted:
             keys = {**found, **wanted}
             changed = sorted(key for key in keys if found.get(key) != wanted.get(key))

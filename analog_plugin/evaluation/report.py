@@ -73,7 +73,7 @@ def write_report(
     table, differences = rows(reports), paired_rows(reports)
     text = markdown(table)
     if differences:
-        text += "\nPaired differences, seed by seed:\n\n" + markdown(differences)
+        text += "\nPaired differences to the first model, seed by seed:\n\n" + markdown(differences)
     said = (*notes, "Mean ± standard deviation over seeds, [95 % confidence interval of the mean].")
     text += "\n" + " ".join(said) + "\n"
     (directory / "table.md").write_text(text, encoding="utf-8")
@@ -95,7 +95,8 @@ def write_report(
     if differences:
         parts += [
             "<h2>Paired differences</h2>",
-            '<p class="muted">Seed by seed: both models had the same device errors.</p>',
+            '<p class="muted">Each model minus the first, seed by seed: layers of the same name, '
+            "shape and tiles had the same device errors.</p>",
             _table(differences),
         ]
     parts.append(f'<p class="muted">{html.escape(said[-1])}</p>')

@@ -20,7 +20,7 @@ import torch
 
 from analog_plugin.data.generate import own_generation_config
 from analog_plugin.errors import AnalogError
-from analog_plugin.evaluation.noise import noise_cells, programmed
+from analog_plugin.evaluation.noise import named_cells, programmed
 from analog_plugin.evaluation.problems import Problem, extract_number
 from analog_plugin.evaluation.records import RecordFile
 from analog_plugin.layers.state import keyed_generator
@@ -153,7 +153,7 @@ def evaluate_test_time_scaling(
     problems: Sequence[Problem],
     output: str | Path,
     *,
-    noise: Sequence[str | Mapping[str, Any] | Any | None] = (None, "pcm"),
+    noise: Sequence[str | Mapping[str, Any] | None] = (None, "pcm"),
     seeds: int | Sequence[int] = 3,
     samples: int = 16,
     temperature: float = 0.7,
@@ -165,6 +165,7 @@ def evaluate_test_time_scaling(
     score: Callable[[str, str], float] | None = None,
     name: str = "model",
     identity: str = "",
+    overwrite: bool = False,
 ) -> ScalingReport:
     """Sample ``samples`` answers to each problem from each chip; go on from an earlier call.
 
@@ -183,6 +184,7 @@ def evaluate_test_time_scaling(
             Adds the strategies ``best`` and ``weighted``.
         name, identity: The model, among others in the same output; see
             :class:`~analog_plugin.evaluation.sweep.SweepModel`.
+        overwrite: Forget what ``output`` holds.
 
     Raises:
         AnalogError: An argument is out of range, or ``output`` holds samples of other settings.
@@ -192,7 +194,7 @@ def evaluate_test_time_scaling(
             raise AnalogError(f"{argument} is {value}, but must be at least 1; write 16.")
     if not temperature > 0:
         raise AnalogError(f"temperature is {temperature}, but must be above 0; write 0.7.")
-    cells = noise_cells(noise, seeds)
+    cells = named_cells(noise, seeds)
     text = json.dumps([[p.prompt, p.answer] for p in problems])
     settings = {
         "problems": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -203,7 +205,7 @@ def evaluate_test_time_scaling(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
-    file = RecordFile(Path(output) / SAMPLES, settings, _check)
+    file = RecordFile(Path(output) / SAMPLES, settings, _check, overwrite)
     known = {
         (r["noise"], r["seed"], r["problem"]): r["samples"]
         for r in file.records

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analog_plugin.evaluation.plots import COLOURS, MUTED, axes, svg
+from analog_plugin.evaluation.plots import COLOURS, MUTED, axes, legend, names_as_they_are, svg
 from analog_plugin.evaluation.report import file_name, page
 from analog_plugin.evaluation.scaling import Point, ScalingReport
 
@@ -58,7 +58,8 @@ def write_scaling_report(
     parts.append('<div class="figures">')
     for strategy in dict.fromkeys(key[2] for key in curves):
         name = f"samples-{strategy}"
-        figure = _figure({key: found for key, found in curves.items() if key[2] == strategy})
+        with names_as_they_are():
+            figure = _figure({key: found for key, found in curves.items() if key[2] == strategy})
         figure.savefig(directory / f"{file_name(name)}.png", dpi=160)
         label = html.escape(_SAID[strategy], quote=True)
         parts.append(f'<figure role="img" aria-label="{label}">{svg(figure, name)}</figure>')
@@ -86,7 +87,8 @@ def _markdown(curves: Curves) -> str:
     lines.append("|---|---|---|" + "---|" * len(counts))
     for names, points in curves.items():
         values = [" ".join(cell).strip() for cell in _cells(points, counts)]
-        lines.append("| " + " | ".join([*names, *values]) + " |")
+        escaped = [name.replace("|", "\\|") for name in names]
+        lines.append("| " + " | ".join([*escaped, *values]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -124,7 +126,7 @@ def _figure(curves: Curves) -> Any:
         line = ("-", "--", ":", "-.")[noises.index(noise) % 4]
         xs = [point.samples for point in points]
         label = f"{model}, {'no noise' if noise == 'none' else noise}"
-        axis.plot(xs, [p.mean for p in points], f"o{line}", color=colour, ms=4, lw=1.5, label=label)
+        axis.plot(xs, [p.mean for p in points], f"o{line}", color=colour, ms=4, lw=1.5, gid=label)
         axis.fill_between(
             xs, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, lw=0
         )
@@ -134,5 +136,5 @@ def _figure(curves: Curves) -> Any:
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_xlabel("samples a problem", fontsize=8, color=MUTED)
-    axis.legend(fontsize=7, frameon=False)
+    legend(axis)
     return figure

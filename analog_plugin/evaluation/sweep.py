@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from analog_plugin.evaluation.fidelity import Reference
-from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, known, noise_cells, programmed
+from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, known, named_cells, programmed
 from analog_plugin.evaluation.records import RecordFile
 from analog_plugin.layers import forward_state
 from analog_plugin.layers.prefix import install_prefix, installed_prefix, remove_prefix
@@ -44,7 +44,8 @@ class SweepModel:
 
 def _check(record: dict[str, Any]) -> None:
     hash((record["noise"], record["seed"]))
-    dict(record["metrics"])
+    for value in record["metrics"].values():
+        float(value)
     str(record["model"] + record["identity"] + record["evaluator"])
 
 
@@ -52,7 +53,7 @@ def _check(record: dict[str, Any]) -> None:
 def sweep(
     models: Mapping[str, SweepModel],
     tokens: Tensor,
-    noise: Sequence[str | Mapping[str, Any] | Any | None],
+    noise: Sequence[str | Mapping[str, Any] | None],
     seeds: int | Sequence[int],
     output: str | Path,
     *,
@@ -60,6 +61,7 @@ def sweep(
     evaluators: Sequence[str | Evaluator] = ("fidelity",),
     batch_size: int = 4,
     settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, NoiseReport]:
     """Evaluate each model under each noise and seed; go on from where an earlier call ended.
 
@@ -75,6 +77,7 @@ def sweep(
         evaluators: Names from the hook ``analog_evaluators``, or such records.
         batch_size: Rows of tokens evaluated together.
         settings: Further values that must be equal for cells to be used again.
+        overwrite: Forget what ``output`` holds.
 
     Returns:
         A report by model, with the cells in the order asked for.
@@ -83,20 +86,21 @@ def sweep(
         AnalogError: A noise model or evaluator is unknown, ``output`` holds another sweep, or a
             model that is to have noise is not analog.
     """
-    cells, measures = noise_cells(noise, seeds), known(evaluators)
+    cells, measures = named_cells(noise, seeds), known(evaluators)
     own = {
         "tokens": hashlib.sha256(tokens.contiguous().cpu().numpy().tobytes()).hexdigest()[:16],
         "shape": list(tokens.shape),
-        "original": None if original is None else original.identity,
     }
-    file = RecordFile(Path(output) / CELLS, own | dict(settings or {}), _check)
+    file = RecordFile(Path(output) / CELLS, own | dict(settings or {}), _check, overwrite)
     references = _References(original, tokens, batch_size)
     reports: dict[str, NoiseReport] = {}
     for name, entry in models.items():
+        # Figures of a model depend on the original that it is compared with.
+        identity = entry.identity + ("" if original is None else f" to {original.identity}")
         found: dict[CellKey, dict[str, float]] = {
             (r["noise"], r["seed"], r["evaluator"]): r["metrics"]
             for r in file.records
-            if (r["model"], r["identity"]) == (name, entry.identity)
+            if (r["model"], r["identity"]) == (name, identity)
         }
         asked = [cell for cell in cells if entry.noisy or cell.noise is None]
         missing = [
@@ -118,7 +122,7 @@ def sweep(
                         file.add(
                             {
                                 "model": name,
-                                "identity": entry.identity,
+                                "identity": identity,
                                 "noise": cell.label,
                                 "seed": cell.seed,
                                 "evaluator": evaluator.name,

@@ -40,7 +40,8 @@ class Summary:
             MissingExtra: scipy is not installed.
         """
         mean = statistics.fmean(values) if values else math.nan
-        if len(values) < 2:
+        # statistics itself fails on infinities and NaN.
+        if len(values) < 2 or not all(map(math.isfinite, values)):
             return cls(len(values), mean, math.nan, math.nan, math.nan)
         std = statistics.stdev(values)
         quantile = float(require("scipy.stats", "eval").t.ppf(0.975, len(values) - 1))
@@ -48,8 +49,8 @@ class Summary:
         return cls(len(values), mean, std, mean - half, mean + half)
 
     def __str__(self) -> str:
-        if math.isnan(self.mean):
-            return "–"
+        if not math.isfinite(self.mean):
+            return "–" if self.count == 0 else "not finite"
         digits = 1 if abs(self.mean) >= 10 else 3
         text = f"{self.mean:.{digits}f}"
         return text if math.isnan(self.std) else f"{text} ± {self.std:.{digits}f}"
@@ -90,7 +91,10 @@ def rows(reports: Mapping[str, NoiseReport]) -> list[Row]:
 
 
 def paired_rows(reports: Mapping[str, NoiseReport]) -> list[Row]:
-    """Each model minus the first, seed by seed: both had the same device errors."""
+    """Each model minus the first, seed by seed.
+
+    Layers of the same name, shape and tiles had the same device errors.
+    """
     names = list(reports)
     found = []
     for name in names[1:]:
@@ -121,7 +125,8 @@ def markdown(table: Sequence[Row]) -> str:
     ]
     for (model, noise), found in cells.items():
         values = [f"{found[m]} {found[m].interval}".strip() if m in found else "–" for m in metrics]
-        lines.append(f"| {model} | {noise} | " + " | ".join(values) + " |")
+        names = (text.replace("|", "\\|") for text in (model, noise))
+        lines.append("| " + " | ".join([*names, *values]) + " |")
     return "\n".join(lines) + "\n"
 
 

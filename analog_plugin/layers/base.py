@@ -110,17 +110,15 @@ class AnalogLayer(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             weight = self.tile_weight.detach()
             made = program_tiles(noise, weight, self.tiles, generator)
-            programmed = torch.cat([tile.weight.to(weight.dtype) for tile in made], dim=1)
-            # "noisy": scale the ADC by what was programmed, as aihwkit-lightning does.
-            bounding = programmed if self.scheme.adc_bound == "noisy" else weight
-            maximum = column_maximum(bounding, self.tiles)
-            for k, tile in enumerate(made):
-                if tile.output_scale != 1.0:
-                    # A factor behind the ADC is one on the weights and on the ADC's full scale.
-                    start = sum(self.tiles[:k])
-                    programmed[:, start : start + self.tiles[k]] *= tile.output_scale
-                    maximum[k] *= tile.output_scale
-            self.programmed_maximum, self.programmed_weight = maximum, programmed
+            # A factor behind the ADC is one on the weights and on the ADC's full scale.
+            factors = [tile.output_scale for tile in made]
+            blocks = [(t.weight * f).to(weight.dtype) for t, f in zip(made, factors, strict=True)]
+            self.programmed_weight = torch.cat(blocks, dim=1)
+            if self.scheme.adc_bound == "noisy":  # as aihwkit-lightning does
+                self.programmed_maximum = column_maximum(self.programmed_weight, self.tiles)
+            else:
+                maximum = column_maximum(weight, self.tiles)
+                self.programmed_maximum = maximum * maximum.new_tensor(factors)[:, None]
 
     def restore(self) -> None:
         """Forget the programmed weights; the clean ones were never touched."""

@@ -41,16 +41,17 @@ def observe_inputs(
         AnalogError: There is no batch.
     """
     count = 0
-    options: dict[str, Any] = {"use_cache": False}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head not in layers.values() and "logits_to_keep" in signature(model.forward).parameters:
-        options["logits_to_keep"] = 1  # the others are for nothing
+    spared = head not in layers.values() and "logits_to_keep" in signature(model.forward).parameters
     try:
         for name, observer in observers.items():
             layers[name].observer = observer
         with evaluation_mode(model), digital_layers(model):
             for batch in progress_bar(batches, desc=desc, total=total):
-                model(**batch, **options)
+                options: dict[str, Any] = {"use_cache": False}
+                if spared and "labels" not in batch:  # which are compared with all logits
+                    options["logits_to_keep"] = 1
+                model(**(options | dict(batch)))
                 count += 1
     finally:
         for name in observers:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from analog_plugin.errors import AnalogError, shown
 
-_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0, "y": 365 * 86_400.0}
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0, "y": 365 * 86_400.0}
 
 
 class Programmed(NamedTuple):
@@ -62,12 +62,12 @@ def parse_time(time: float | str | None) -> float | None:
     if isinstance(time, str):
         text = time.strip()
         unit = next((u for u in ("min", "s", "h", "d", "y") if text.endswith(u)), "")
-        factor, number = _SECONDS.get(unit, 1.0), text.removesuffix(unit)
+        factor, number = SECONDS.get(unit, 1.0), text.removesuffix(unit)
     try:
         seconds = float(number) * factor if not isinstance(number, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
-    if not 0 <= seconds <= 1000 * _SECONDS["y"]:
+    if not 0 <= seconds <= 1000 * SECONDS["y"]:
         raise AnalogError(
             f"time is {shown(time)}, but must be a time after programming from 0 to 1000 years; "
             "write time: 1h (units s, min, h, d, y)."

@@ -62,32 +62,37 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
 
 
 def at_times(
-    noise: Sequence[str | Mapping[str, Any]], times: Sequence[str | float]
-) -> list[str | dict[str, Any]]:
+    noise: Sequence[str | Mapping[str, Any] | None], times: Sequence[str | float]
+) -> list[str | Mapping[str, Any] | None]:
     """Each noise model read at each time since programming; as it is where it knows no time.
 
     Args:
-        noise: As in :func:`resolve_noise`.
+        noise: As in :func:`resolve_noise`, but by name.
         times: Such as ``"1h"`` or seconds; none: ``noise`` itself.
 
     Raises:
-        AnalogError: A name is unknown.
+        AnalogError: A noise model is unknown or has a time already, or a time is none.
 
     Example:
         >>> at_times(["hermes", "pcm"], ["1h", "1d"])
         ['hermes@1h', 'hermes@1d', 'pcm']
     """
-    from analog_plugin.plugins import lookup, noise_models
-
-    found: list[str | dict[str, Any]] = []
+    for time in times:
+        parse_time(time)
+    found: list[str | Mapping[str, Any] | None] = []
     for item in noise:
-        name = item.partition("@")[0].partition(":")[0] if isinstance(item, str) else item["name"]
-        factory = lookup(noise_models(), name, "noise model").factory
-        timed = "time" in inspect.signature(factory).parameters
-        if isinstance(item, str):
-            found += [f"{item}@{time}" for time in times] if timed and times else [item]
+        model: Any = resolve_noise(item)
+        if not times or not hasattr(model, "time"):
+            found.append(item)
+        elif model.time is not None:
+            raise AnalogError(
+                f"noise {noise_label(item)!r} has a time, and times were given beside it; leave "
+                "one of them out."
+            )
+        elif isinstance(item, Mapping):
+            found += [{**item, "time": time} for time in times]
         else:
-            found += [{**item, "time": t} for t in times] if timed and times else [dict(item)]
+            found += [f"{item}@{time}" for time in times]
     return found
 
 

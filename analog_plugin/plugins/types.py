@@ -18,7 +18,8 @@ class NoiseModel:
             ``program(weight, generator)`` for one tile's weights [columns, rows], which gives them
             as a tensor, or with a factor behind the tile's ADC as a
             :class:`~analog_plugin.noise.Programmed`. Where it has ``for_layer(weight)``, that gives
-            the model of one layer's tiles.
+            the model of one layer's tiles. Where it can be read some time after programming, its
+            factory takes ``time``, and it has that as an attribute (None: as programmed).
         summary: One line for help texts.
     """
 

@@ -18,7 +18,9 @@ from analog_plugin import (
     save_checkpoint,
 )
 from analog_plugin.checkpoint import plain_view
+from analog_plugin.checkpoint.plain import plain_reading
 from analog_plugin.layers import analog_layers
+from analog_plugin.layers.prefix import installed_prefix
 from analog_plugin.noise import resolve_noise
 from analog_plugin.training.ranges import calibrate_plain_ranges
 from analog_plugin.training.start import prepare_start
@@ -150,6 +152,18 @@ def test_layers_with_massive_activations_are_not_quantized(profile, bits, with_o
     assert torch.equal(logits(plain), logits(plain_view(with_outliers, bits)))
     if profile == "analog-fp":
         assert torch.equal(logits(load_checkpoint(directory)), logits(with_outliers))
+
+
+@PROFILES
+def test_a_reading_is_undone_whatever_happens(profile, bits, with_outliers):
+    model = with_outliers
+    wanted, names = logits(model), [name for name, _ in analog_layers(model)]
+    with pytest.raises(KeyError), plain_reading(model, bits):
+        assert list(analog_layers(model)) == [] and installed_prefix(model) is None
+        assert torch.equal(logits(model), logits(model))
+        raise KeyError
+    assert [name for name, _ in analog_layers(model)] == names
+    assert installed_prefix(model) is not None and torch.equal(logits(model), wanted)
 
 
 @PROFILES

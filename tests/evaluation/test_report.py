@@ -86,6 +86,23 @@ def test_names_are_text_and_never_markup(tmp_path):
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path}
 
 
+def test_names_may_hold_what_figures_would_take_for_more(tmp_path):
+    names = ["a$x_{$b", "_hidden", "a|b"]
+    text = write_report(reports(names=names), tmp_path, title="$\\frac{$")
+    assert "a\\|b" in text and all(line.count(" | ") < 6 for line in text.splitlines())
+    (figure,) = [f for n, f in figures(reports(names=names)).items() if n == "level-gaussian-kl"]
+    (axis,) = figure.axes
+    assert [entry.get_text() for entry in axis.get_legend().get_texts()] == names
+
+
+def test_a_metric_that_one_model_lacks_leaves_a_gap(tmp_path):
+    both = reports()
+    for cell in both["trained"].cells:
+        del cell.metrics["kl"]
+    text = write_report(both, tmp_path, title="x")
+    assert "| trained | pcm | – |" in text
+
+
 def test_the_same_reports_make_the_same_page(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -1,6 +1,7 @@
 """Sweeps: the same cells as evaluate_noise, kept as they end, and none run twice."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from analog_plugin.evaluation.tables import (
     paired_rows,
     rows,
 )
+from analog_plugin.noise import PCMNoise
 
 NOISES = [None, "pcm", "gaussian:0.05"]
 
@@ -119,15 +121,21 @@ def test_cells_of_other_settings_are_not_mixed(models, base, tokens, tmp_path):
     written = (tmp_path / CELLS).read_bytes()
     with pytest.raises(AnalogError, match=r"other settings \(shape, tokens\).*--overwrite"):
         run(models, base, tokens[:2], tmp_path, noises=[None])
+    with pytest.raises(AnalogError, match="seeds is 0"):
+        run(models, base, tokens, tmp_path, seeds=0, overwrite=True)
     with pytest.raises(AnalogError, match=r"other settings \(corpus\)"):
         run(models, base, tokens, tmp_path, noises=[None], settings={"corpus": "x"})
     assert (tmp_path / CELLS).read_bytes() == written
 
 
+CELL = {"model": "a", "identity": "b", "evaluator": "c", "noise": "pcm", "seed": 0}
+
+
 @pytest.mark.parametrize(
-    "line", ["", "[]", "{}", "null", '{"model": 1}', "\x00", '{"model": "a", "identity": "b", '
-             '"noise": "pcm", "seed": 0, "metrics": 3}'],
-)  # fmt: skip
+    "line",
+    ["", "[]", "{}", "null", '{"model": 1}', "\x00"]
+    + [json.dumps(CELL | {"metrics": metrics}) for metrics in (3, {"kl": "x"})],
+)
 def test_a_damaged_file_is_named_with_its_line(line, models, base, tokens, tmp_path):
     run(models, base, tokens, tmp_path, noises=[None])
     path = tmp_path / CELLS
@@ -146,9 +154,49 @@ def test_a_digital_model_is_not_taken_for_a_programmed_one(original, tokens, tmp
         run(models, None, tokens, tmp_path)
 
 
+@pytest.mark.parametrize("head", ["null", "[1]", '"x"', '{"settings": null}', '{"settings": [1]}'])
+def test_a_file_of_others_is_left_as_it_is(head, models, base, tokens, tmp_path):
+    path = tmp_path / CELLS
+    path.write_text(head + "\nnot ended")
+    with pytest.raises(AnalogError, match=r"Line 1 of .*; give another output"):
+        run(models, base, tokens, tmp_path, noises=[None])
+    assert path.read_text() == head + "\nnot ended"
+    run(models, base, tokens, tmp_path, noises=[None], overwrite=True)
+    assert path.read_text().startswith('{"settings": {')
+
+
+def test_one_named_twice_is_no_second_chip(model, models, base, tokens, tmp_path):
+    twice = run(models, base, tokens, tmp_path, noises=["pcm", "pcm"], seeds=[1, 1, 0])
+    assert [(c.noise, c.seed) for c in twice["analog"].cells] == [("pcm", 1), ("pcm", 0)]
+    again = evaluate_noise(model, tokens, ["pcm", "pcm"], [0, 0])
+    assert len(again.cells) == 2  # two of a list, one seed
+
+
+def test_objects_have_no_name_to_be_kept_by(models, base, tokens, tmp_path):
+    with pytest.raises(AnalogError, match="needs a noise model by name"):
+        run(models, base, tokens, tmp_path, noises=[PCMNoise()])
+    with pytest.raises(AnalogError, match="seeds is an empty list"):
+        run(models, base, tokens, tmp_path, seeds=[])
+
+
+def test_another_original_is_another_measurement(models, base, tokens, tmp_path):
+    run(models, base, tokens, tmp_path, noises=[None])
+    counts = [entry.load.count for entry in models.values()]
+    reports = run(models, None, tokens, tmp_path, noises=[None])
+    assert [entry.load.count for entry in models.values()] == [count + 1 for count in counts]
+    assert reports["analog"].cells[0].metrics.keys() == {"perplexity"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_said_so(value):
+    table = rows({"a": report(kl=[1.0, value]), "b": report(kl=[1.0, 2.0])})
+    assert "| a | pcm | not finite |" in markdown(table)
+    assert math.isnan(report(kl=[1.0, value]).std("pcm", "kl"))
+
+
 def test_an_output_that_is_a_file_is_refused(models, base, tokens, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(AnalogError, match="cannot be written"):
+    with pytest.raises(AnalogError, match="cannot be read and written"):
         run(models, base, tokens, tmp_path / "file")
 
 

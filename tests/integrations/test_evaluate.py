@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
-from analog_integrations.optimum import main_evaluate
+from analog_integrations.optimum import evaluate, main_evaluate
 from analog_integrations.optimum.cli_analog import _levels
 from analog_plugin import (
     AnalogError,
@@ -114,6 +116,34 @@ def test_a_killed_sweep_goes_on_and_ends_the_same(model_directory, corpus, tmp_p
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_an_output_in_the_models_own_directory_is_resumed(model_directory, corpus, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    options = {"seeds": 1, "corpus": str(corpus), **SMALL}
+    for output in (model, model / "deep" / "report"):
+        main_evaluate(str(model), output, **options)
+        written = (output / "cells.jsonl").read_bytes()
+        main_evaluate(str(model), output, noise=["none", "pcm"], **options)
+        assert (output / "cells.jsonl").read_bytes() == written
+
+
+def test_hub_models_are_told_apart(monkeypatch):
+    config = LlamaConfig()
+    config._commit_hash = "abc"
+    monkeypatch.setattr(evaluate, "read_model_config", lambda *_: config)
+    assert evaluate.identity("one/llama") == "one/llama@abc" != evaluate.identity("two/llama")
+
+
+def test_a_file_as_output_is_refused_and_kept(model_directory, corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(AnalogError, match="is a file; give a directory"):
+            main_evaluate(
+                str(model_directory), tmp_path / "file", corpus=str(corpus), overwrite=overwrite
+            )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_overwrite_begins_anew(model_directory, corpus, tmp_path):
     options = {"seeds": 1, "corpus": str(corpus), "length": 16}
     main_evaluate([str(model_directory)], tmp_path, blocks=2, **options)
@@ -155,6 +185,14 @@ def test_levels_are_lists(text, expected):
         ({"noise": ["pcn"]}, "no noise model 'pcn'; did you mean 'pcm'"),
         ({"noise": ["reram_wan2022"], "time": ["1h"]}, "measured 1s, 1d and 2d"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"seeds": []}, "seeds is an empty list"),
+        ({"blocks": 0}, "blocks is 0, but must be at least 1"),
+        ({"length": 1}, "length is 1, but must be at least 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"limit": -1}, "limit is -1"),
+        ({"time": ["soon"]}, "time is 'soon'"),
+        ({"noise": ["hermes@1d"], "time": ["1h"]}, "'hermes@1d' has a time, and times were given"),
+        ({"noise": [{"sigma": 1}]}, "must be a name, name:level or a mapping with a name"),
         ({"length": 1000, "blocks": 1}, "length is 1000.*at most 64"),
         ({"blocks": 10_000}, "10000 were asked for"),
         ({"dtype": "int8"}, "dtype is 'int8'"),

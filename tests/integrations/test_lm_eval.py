@@ -19,7 +19,7 @@ from analog_integrations.lm_eval.offline import (
 )
 from analog_integrations.lm_eval.tasks import PAPER, scores, task_evaluators
 from analog_integrations.optimum import main_evaluate
-from analog_plugin import AnalogError, load_checkpoint
+from analog_plugin import AnalogError, load_checkpoint, save_checkpoint
 from analog_plugin.pretrained import load_tokenizer
 
 SMALL = {"blocks": 2, "length": 16, "seeds": 1}
@@ -108,7 +108,8 @@ def test_writing_the_tasks_again_changes_nothing(tmp_path):
 
 
 def test_the_papers_tasks_exist_in_lm_eval():
-    assert PAPER.keys() <= set(TaskManager().all_tasks)
+    manager = TaskManager()
+    assert PAPER.keys() <= set(manager.all_tasks) - set(manager.all_tags)
 
 
 def test_tasks_are_scored_in_a_sweep_and_kept(analog_directory, model_directory, corpus, tmp_path):
@@ -175,11 +176,36 @@ def test_unknown_tasks_and_unreachable_data_are_one_sentence(
         evaluator.evaluate(load_checkpoint(analog_directory), None, None, 1)
 
 
+def test_a_tag_gives_the_scores_of_all_that_it_stands_for():
+    results = {"results": {"anli_r1": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"},
+                           "anli_r2": {"acc,none": 0.25}}}  # fmt: skip
+    assert scores(results, "anli") == {"anli_r1 acc": 0.5, "anli_r2 acc": 0.25}
+    with pytest.raises(AnalogError, match="no score for 'anli'"):
+        scores({"results": {}}, "anli")
+
+
+def test_changed_tasks_are_scored_anew(analog_directory, tmp_path):
+    write_offline_tasks(tmp_path / "tasks")
+    tokenizer = load_tokenizer(analog_directory)
+
+    def name():
+        options = {"directory": tmp_path, "include_path": tmp_path / "tasks"}
+        return task_evaluators([PAIRS, "offline"], tokenizer, **options)[0].name
+
+    before = name()
+    assert name() == before
+    with (tmp_path / "tasks" / PAIRS / "test.jsonl").open("a") as file:
+        file.write('{"sentence_good": "a", "sentence_bad": "b"}\n')
+    assert name() != before
+
+
 def test_a_model_without_tokenizer_is_refused(analog_directory, tmp_path):
     from analog_integrations.lm_eval.model import AnalogLM
 
-    for path in analog_directory.iterdir():
-        if "token" not in path.name:
-            (tmp_path / path.name).symlink_to(path)
+    save_checkpoint(load_checkpoint(analog_directory), tmp_path / "bare")
     with pytest.raises(AnalogError, match="has no tokenizer"):
-        AnalogLM(str(tmp_path))
+        AnalogLM(str(tmp_path / "bare"))
+    with pytest.raises(AnalogError, match="dtype is 'auto'"):
+        AnalogLM(str(analog_directory), dtype="auto")
+    with pytest.raises(AnalogError, match="no directory"):
+        AnalogLM(str(tmp_path / "none"))

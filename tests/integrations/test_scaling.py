@@ -117,7 +117,7 @@ def test_problems_of_the_hub(monkeypatch):
         ({"models": []}, "No model was given"),
         ({"problems": "/no/such.jsonl"}, r"/no/such.jsonl cannot be read"),
         ({"samples": 0}, "samples is 0"),
-        ({"limit": 0}, "limit is 0"),
+        ({"limit": 0}, "limit is 0, but must be at least 1"),
         ({"noise": ["pcn"]}, "did you mean 'pcm'"),
         ({"reward": "/no/such/model"}, "reward model /no/such/model does not load"),
     ],

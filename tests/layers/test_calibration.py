@@ -159,3 +159,17 @@ def test_the_least_squares_range_is_no_worse_than_the_maximum(bits):
 
     for name, value in found.items():
         assert error(seen[name], value) <= error(seen[name], widest[name]) * 1.01, name
+
+
+def test_labels_and_an_analog_head_see_every_position():
+    plain, labelled = analog(), analog()
+    data = batches()
+    calibrate_ranges(plain, data)
+    calibrate_ranges(labelled, [batch | {"labels": batch["input_ids"]} for batch in data])
+    for (_, first), (_, second) in zip(analog_layers(plain), analog_layers(labelled), strict=True):
+        assert torch.equal(first.input_range, second.input_range)
+    head = convert_to_analog(tiny(), AnalogScheme(range_init="max"), ignore=())
+    found = calibrate_ranges(head, data)["lm_head"]
+    with torch.no_grad():
+        hidden = [tiny().model(**batch).last_hidden_state.abs().max() for batch in data]
+    torch.testing.assert_close(found, torch.stack(hidden).max().reshape(1))

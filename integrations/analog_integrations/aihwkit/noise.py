@@ -43,23 +43,23 @@ class DeviceNoise:
     @torch.no_grad()
     def program(self, weight: Tensor, generator: torch.Generator) -> Programmed:
         """One tile's weights [columns, rows] as its devices hold them; zero columns stay zero."""
-        exact = weight.float()
+        exact = weight.float().cpu()  # where all of aihwkit's models compute
         peak = exact.abs().amax(1, keepdim=True)
         if not bool(peak.any()):
-            return Programmed(exact.clone())
+            return Programmed(torch.zeros_like(weight, dtype=torch.float32))
         unit = torch.where(peak > 0, exact / peak, 0.0)
         seeds = torch.randint(2**62, (2,), generator=generator, device=generator.device).tolist()
         with _seeded(seeds[0]):
             made, drift = self.model.apply_programming_noise(unit)
         if self.time is None:
-            return Programmed(made * peak)
+            return Programmed((made * peak).to(weight.device))
         with _seeded(seeds[1]):
             read = self.model.apply_drift_noise(made, drift, self.time)
         scale = 1.0
         if self.compensation:
             before, now = (float(w.abs().mean().clamp_min(_READOUT_FLOOR)) for w in (made, read))
             scale = before / now
-        return Programmed(read * peak, scale)
+        return Programmed((read * peak).to(weight.device), scale)
 
 
 def pcm_like(

@@ -7,6 +7,7 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from analog_integrations.optimum.export import resolve_device
 from analog_plugin.checkpoint import load_checkpoint
 from analog_plugin.errors import AnalogError
 from analog_plugin.pretrained import load_tokenizer
@@ -40,9 +41,9 @@ class AnalogLM(HFLM):
     ) -> None:
         import torch
 
+        place = resolve_device(device, dtype)
+        model = load_checkpoint(pretrained, noise=noise, seed=seed, dtype=getattr(torch, dtype))
         tokenizer = load_tokenizer(pretrained)
         if tokenizer is None:
             raise AnalogError(f"{pretrained} has no tokenizer beside the model; copy it there.")
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_checkpoint(pretrained, noise=noise, seed=seed, dtype=getattr(torch, dtype))
         super().__init__(pretrained=model.to(place), tokenizer=tokenizer, **kwargs)

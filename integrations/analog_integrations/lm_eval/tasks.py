@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ PAPER = {
     "agieval_en": 0,
     "arc_challenge": 10,
     "arc_easy": 10,
-    "anli": 7,
+    "anli_r1": 7,
+    "anli_r2": 7,
+    "anli_r3": 7,
     "ifeval": 0,
 }
 
@@ -34,7 +37,6 @@ def task_evaluators(
     directory: str | Path,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
 ) -> list[Evaluator]:
     """One evaluator a task of lm-eval, for :func:`~analog_plugin.evaluation.sweep.sweep`.
 
@@ -43,8 +45,7 @@ def task_evaluators(
         tokenizer: The models'.
         directory: Where the tasks of ``"offline"`` are written.
         include_path: A directory with further tasks, as lm-eval's ``--include_path``.
-        limit: Questions of each task; None: all.
-        batch_size: Questions evaluated together.
+        limit: Questions of each task, and of each member of a group; None: all.
 
     Raises:
         AnalogError: There is no such task.
@@ -62,7 +63,7 @@ def task_evaluators(
         elif name == "paper":
             shots |= PAPER
         else:
-            shots[name] = None
+            shots.setdefault(name, None)
     with _quiet():
         manager = TaskManager(include_path=paths or None)
     for name in shots:
@@ -72,13 +73,18 @@ def task_evaluators(
                 "`lm_eval ls tasks` lists, and give --include-path for tasks of your own."
             )
     return [
-        _evaluator(name, count, tokenizer, manager, limit, batch_size)
+        _evaluator(name, count, tokenizer, manager, limit, _hash(include_path))
         for name, count in shots.items()
     ]
 
 
 def _evaluator(
-    task: str, shots: int | None, tokenizer: Any, manager: Any, limit: int | None, batch_size: int
+    task: str,
+    shots: int | None,
+    tokenizer: Any,
+    manager: Any,
+    limit: int | None,
+    source: str | None,
 ) -> Evaluator:
     def evaluate(model: Any, tokens: Any, reference: Any, size: int) -> Mapping[str, float]:
         from lm_eval import simple_evaluate
@@ -87,7 +93,7 @@ def _evaluator(
         with _quiet():
             try:
                 results = simple_evaluate(
-                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size),
                     tasks=[task],
                     num_fewshot=shots,
                     task_manager=manager,
@@ -100,20 +106,42 @@ def _evaluator(
                 raise AnalogError(f"The task {task} does not run: {one_line(error)}") from error
         return scores(results, task)
 
-    asked = {"shots": shots, "limit": limit}
+    # Cells of another of these are not used again.
+    asked = {"shots": shots, "limit": limit, "include_path": source}
     parts = [task, *(f"{key}={value}" for key, value in asked.items() if value is not None)]
     return Evaluator(f"lm_eval({', '.join(parts)})", evaluate, "scores of a task of lm-eval")
 
 
 def scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
-    """The scores of ``task``, by ``"task metric"``; a filter's name stands behind its metric."""
+    """The scores of ``task``, by ``"task metric"``; a filter's name stands behind its metric.
+
+    A tag has no score of its own: all that it stands for are given.
+
+    Raises:
+        AnalogError: There is none.
+    """
+    own = results["results"].get(task)
     found = {}
-    for key, value in results["results"].get(task, {}).items():
-        metric, _, chosen = key.partition(",")
-        if not chosen or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        found[f"{task} {metric}" + ("" if chosen == "none" else f" ({chosen})")] = float(value)
+    for name, values in ({task: own} if own else results["results"]).items():
+        for key, value in values.items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            found[f"{name} {metric}" + ("" if chosen == "none" else f" ({chosen})")] = float(value)
+    if not found:
+        raise AnalogError(f"lm-eval gives no score for {task!r}; name the tasks that it holds.")
     return found
+
+
+def _hash(directory: str | Path | None) -> str | None:
+    """Changes with the files below ``directory``."""
+    if directory is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(directory).rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(directory)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @contextlib.contextmanager

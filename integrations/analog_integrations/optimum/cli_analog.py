@@ -231,7 +231,7 @@ def _levels(noise: str) -> list[str]:
 class AnalogCommand(BaseOptimumCLICommand):
     """The group of commands for analog models."""
 
-    COMMAND = CommandInfo(name="analog", help="Measure and inspect models for analog hardware.")
+    COMMAND = CommandInfo(name="analog", help="Measure models for analog hardware.")
     SUBCOMMANDS = (
         CommandInfo(
             name="evaluate",

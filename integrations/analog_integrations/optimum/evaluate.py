@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from analog_plugin.demo import resolve_model
 from analog_plugin.errors import AnalogError, require
 from analog_plugin.evaluation import NoiseReport
 from analog_plugin.evaluation.report import write_report
-from analog_plugin.evaluation.sweep import CELLS, SweepModel, sweep
+from analog_plugin.evaluation.sweep import SweepModel, sweep
 from analog_plugin.noise import at_times, resolve_noise
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
 
@@ -25,7 +27,7 @@ NOISE_ONLY = AnalogScheme(input_bits=None, output_bits=None, tile_rows=512)
 
 
 def main_evaluate(
-    models: Sequence[str] | Mapping[str, str],
+    models: str | Sequence[str] | Mapping[str, str],
     output: str | Path,
     *,
     noise: Sequence[str | Mapping[str, Any]] = ("pcm",),
@@ -75,6 +77,9 @@ def main_evaluate(
     """
     for module in ("scipy.stats", "matplotlib"):  # before the long work, not after it
         require(module, "eval")
+    check_counts(
+        output, blocks=(blocks, 1), length=(length, 2), batch_size=(batch_size, 1), limit=(limit, 1)
+    )
     named = named_models(models)
     noises = [None, *at_times(noise, time)]
     for item in noises:  # refused before anything is loaded
@@ -96,7 +101,7 @@ def main_evaluate(
 
         evaluators += task_evaluators(
             tasks, tokenizer, directory=Path(output) / "tasks", include_path=include_path,
-            limit=limit, batch_size=batch_size,
+            limit=limit,
         )  # fmt: skip
 
     def entry(source: str, kind: str) -> SweepModel:
@@ -107,8 +112,6 @@ def main_evaluate(
 
         return SweepModel(load, identity(source), noisy=kind != "quantized")
 
-    if overwrite:
-        (Path(output) / CELLS).unlink(missing_ok=True)
     reports = sweep(
         {name: entry(source, kinds[name]) for name, source in named.items()},
         tokens,
@@ -118,7 +121,8 @@ def main_evaluate(
         original=None if original is None else entry(original, "original"),
         evaluators=evaluators,
         batch_size=batch_size,
-        settings={"corpus": corpus, "dtype": dtype, "device": place.partition(":")[0]},
+        settings={"dtype": dtype, "device": place.partition(":")[0], "versions": versions()},
+        overwrite=overwrite,
     )
     notes = [f"Measured on {blocks} blocks of {length} tokens of {corpus}, in {dtype}."]
     if original is not None:
@@ -130,12 +134,14 @@ def main_evaluate(
     return reports
 
 
-def named_models(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def named_models(models: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Models by name: the last part of what they are called, where that tells them apart.
 
     Raises:
         AnalogError: There is none, or one twice.
     """
+    if isinstance(models, str):
+        models = [models]
     if not models:
         raise AnalogError("No model was given; give a directory, a hub id or demo:NAME.")
     if isinstance(models, Mapping):
@@ -179,13 +185,43 @@ def load_entry(source: str, kind: str, dtype: str, device: str) -> Any:
 
 
 def identity(source: str) -> str:
-    """A hash of the names, sizes and times of a local model's files; empty for a hub id."""
+    """What changes with the model: sizes and times of its files, or a hub id and its commit."""
     directory = Path(resolve_model(source))
     if not directory.is_dir():
-        return ""
+        commit = getattr(read_model_config(str(directory), source), "_commit_hash", None)
+        return f"{source}@{commit}"
+    # Not all that may lie there: measurements of it, for instance.
+    files = [
+        path
+        for folder in (directory, directory / "analog")
+        for path in folder.glob("*")
+        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja")
+    ]
     found = sorted(
         f"{path.relative_to(directory)} {path.stat().st_size} {path.stat().st_mtime_ns}"
-        for path in directory.rglob("*")
-        if path.is_file()
+        for path in files
     )
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that figures depend on."""
+    found = {}
+    for package in ("analog-plugin", "torch", "transformers", "aihwkit", "lm-eval"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def check_counts(output: str | Path, **counts: tuple[int | None, int]) -> None:
+    """Refuse an output that is no directory, and counts below their least value.
+
+    Args:
+        output: The directory of measurements.
+        **counts: Value (None: not given) and least value, by the argument's name.
+    """
+    if Path(output).exists() and not Path(output).is_dir():
+        raise AnalogError(f"The output {output} is a file; give a directory.")
+    for name, (value, least) in counts.items():
+        if value is not None and value < least:
+            raise AnalogError(f"{name} is {value}, but must be at least {least}.")

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from analog_integrations.lm_eval.offline import arithmetic_problems
-from analog_integrations.optimum.evaluate import identity, kind_of, load_entry, named_models
+from analog_integrations.optimum.evaluate import (
+    check_counts,
+    identity,
+    kind_of,
+    load_entry,
+    named_models,
+)
 from analog_integrations.optimum.export import resolve_device
 from analog_plugin.demo import resolve_model
 from analog_plugin.errors import AnalogError, one_line, require
@@ -18,14 +24,13 @@ from analog_plugin.evaluation.problems import (
     extract_number,
     read_problems,
 )
-from analog_plugin.evaluation.scaling import SAMPLES
 from analog_plugin.evaluation.scaling_report import write_scaling_report
 from analog_plugin.noise import at_times, resolve_noise
 from analog_plugin.pretrained import load_tokenizer
 
 
 def main_test_time(
-    models: Sequence[str] | Mapping[str, str],
+    models: str | Sequence[str] | Mapping[str, str],
     output: str | Path,
     *,
     problems: str = "arithmetic",
@@ -68,6 +73,10 @@ def main_test_time(
         AnalogError: Something given is wrong; one sentence says what. Finished problems are kept.
     """
     require("matplotlib", "eval")
+    check_counts(
+        output, samples=(samples, 1), batch_size=(batch_size, 1), limit=(limit, 1),
+        max_new_tokens=(max_new_tokens, 1),
+    )  # fmt: skip
     named = named_models(models)
     noises = [None, *at_times(noise, time)]
     for item in noises:  # refused before anything is loaded
@@ -77,12 +86,8 @@ def main_test_time(
     for name, kind in kinds.items():
         if kind == "quantized":
             raise AnalogError(f"The model {name} is quantized; give one that can be programmed.")
-    if limit is not None and limit < 1:
-        raise AnalogError(f"limit is {limit}, but must be at least 1; leave it out for all.")
     asked, extract, tokens = _problems(problems)
     asked = asked[:limit]
-    if overwrite:
-        (Path(output) / SAMPLES).unlink(missing_ok=True)
     score = _reward(reward, place) if isinstance(reward, str) else reward
     reports: dict[str, ScalingReport] = {}
     for name, source in named.items():
@@ -104,6 +109,7 @@ def main_test_time(
             score=score,
             name=name,
             identity=identity(source),
+            overwrite=overwrite and not reports,
         )
     drawn = f"{samples} samples each at temperature {temperature:g}"
     notes = [f"{len(asked)} problems ({problems}), {drawn}."]
