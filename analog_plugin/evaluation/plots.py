@@ -10,6 +10,7 @@ from typing import Any
 
 from analog_plugin.errors import require
 from analog_plugin.evaluation.noise import NoiseReport
+from analog_plugin.evaluation.sensitivity import SensitivityReport
 from analog_plugin.evaluation.tables import TITLES, Summary
 from analog_plugin.noise.programming import SECONDS
 from analog_plugin.noise.specification import NoiseName, split_label
@@ -41,10 +42,39 @@ def names_as_they_are() -> Iterator[None]:
         yield
 
 
-def legend(axis: Any) -> None:
-    """A legend of all lines with a name, whatever its first letter."""
-    lines = [line for line in axis.get_lines() if line.get_gid()]
-    axis.legend(lines, [line.get_gid() for line in lines], fontsize=7, frameon=False)
+def legend(axis: Any, lines: Mapping[str, Any]) -> None:
+    """A legend of lines by name; matplotlib's own leaves out names that begin with ``_``."""
+    axis.legend(lines.values(), lines.keys(), fontsize=7, frameon=False)
+
+
+def heat_map(report: SensitivityReport, part: str = "all") -> Any:
+    """KL of every layer alone, by block and kind, as :func:`analyze_sensitivity` measured it.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    values: dict[tuple[int, str], float] = {}
+    for row in report.rows:
+        if row.part == part:
+            numbers = [int(word) for word in row.name.split(".") if word.isdigit()]
+            values[numbers[0] if numbers else -1, row.name.rpartition(".")[2]] = row.kl
+    blocks = sorted({block for block, _ in values})
+    kinds = list(dict.fromkeys(kind for _, kind in sorted(values)))
+    table = [[values.get((block, kind), math.nan) for kind in kinds] for block in blocks]
+    with names_as_they_are():
+        figure, axis = axes("KL when one layer alone is analog (nats)", 1.2 + 0.16 * len(blocks))
+        positive = [value for line in table for value in line if value > 0]
+        from matplotlib.colors import LogNorm
+
+        norm = LogNorm(min(positive), max(positive)) if positive else None
+        shown = axis.imshow(table, aspect="auto", cmap="viridis", norm=norm)
+        axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=7)
+        names = ["–" if block < 0 else str(block) for block in blocks]
+        axis.set_yticks(range(len(blocks)), names, fontsize=6)
+        axis.set_ylabel("block", fontsize=8, color=MUTED)
+        axis.grid(False)
+        figure.colorbar(shown, ax=axis).ax.tick_params(labelsize=7)
+    return figure
 
 
 def _figures(reports: Mapping[str, NoiseReport]) -> dict[str, Any]:
@@ -137,13 +167,15 @@ def _curves(
     kind: str,
 ) -> Any:
     figure, axis = axes(metric, 3.2)
+    lines: dict[str, Any] = {}
     for (model, report), colour in zip(reports.items(), _colours(reports), strict=True):
         found = [(x, Summary.of(report.values(label, metric))) for x, label in members]
         found = [(x, summary) for x, summary in found if summary.count]
         if not found:
             continue
         xs = [x for x, _ in found]
-        axis.plot(xs, [s.mean for _, s in found], "o-", color=colour, ms=4, lw=1.5, gid=model)
+        means = [summary.mean for _, summary in found]
+        (lines[model],) = axis.plot(xs, means, "o-", color=colour, ms=4, lw=1.5)
         low, high = ([getattr(s, end) for _, s in found] for end in ("low", "high"))
         axis.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
         clean = report.mean("none", metric)
@@ -155,7 +187,7 @@ def _curves(
         axis.minorticks_off()
     said = "time since programming" if kind == "time" else "level"
     axis.set_xlabel(f"{name}: {said}", fontsize=8, color=MUTED)
-    legend(axis)
+    legend(axis, lines)
     return figure
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from analog_plugin.evaluation.noise import NoiseReport
-from analog_plugin.evaluation.plots import figures, svg
+from analog_plugin.evaluation.plots import figures, heat_map, svg
+from analog_plugin.evaluation.sensitivity import SensitivityReport
 from analog_plugin.evaluation.tables import (
     TITLES,
     Row,
@@ -31,7 +32,8 @@ th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 td small { color: var(--muted); }
 .figures { display: grid; gap: .5rem 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
-figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 0; } figcaption { color: var(--muted); font-size: .85rem; }
+figure svg { width: 100%; height: auto; display: block; }
 @media print { body { max-width: none; } figure, tr { break-inside: avoid; }
   .wide { overflow: visible; } td, th { white-space: normal; } }
 """
@@ -40,11 +42,13 @@ _TITLES = {
     "seeds": "Every seed",
     "level": "Against the noise level",
     "time": "Over time",
+    "sensitivity": "Layer by layer",
 }
 _SAID = {
     "seeds": "One point is one noise seed, that is one chip; the bar is their mean.",
     "level": "Mean over seeds, the band its 95 % confidence interval; dotted: from no noise.",
     "time": "The same devices read later; the band is the 95 % confidence interval over seeds.",
+    "sensitivity": "KL to the digital model when one layer alone is analog, under one noise seed.",
 }
 
 
@@ -54,6 +58,7 @@ def write_report(
     *,
     title: str,
     notes: Sequence[str] = (),
+    sensitivity: Mapping[str, SensitivityReport] | None = None,
 ) -> str:
     """Write ``report.html``, ``table.md``, ``table.csv`` and each figure as PNG.
 
@@ -62,6 +67,7 @@ def write_report(
         output: An existing directory.
         title: Of the page.
         notes: Sentences on what was measured.
+        sensitivity: Layer by layer, for some of the models.
 
     Returns:
         The tables as Markdown.
@@ -78,7 +84,9 @@ def write_report(
     text += "\n" + " ".join(said) + "\n"
     (directory / "table.md").write_text(text, encoding="utf-8")
     (directory / "table.csv").write_text(comma_separated(table + differences), encoding="utf-8")
-    made = figures(reports)
+    made = figures(reports) | {
+        f"sensitivity-{model}": heat_map(found) for model, found in (sensitivity or {}).items()
+    }
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes)]
     parts += ["<h2>Figures of merit</h2>", _table(table)]
     for kind in _TITLES:
@@ -90,7 +98,9 @@ def write_report(
         for name, figure in chosen.items():
             figure.savefig(directory / f"{file_name(name)}.png", dpi=160)
             label = html.escape(name, quote=True)
-            parts.append(f'<figure role="img" aria-label="{label}">{svg(figure, name)}</figure>')
+            caption = f"<figcaption>{html.escape(name.partition('-')[2])}</figcaption>"
+            shown = svg(figure, name) + (caption if kind == "sensitivity" else "")
+            parts.append(f'<figure role="img" aria-label="{label}">{shown}</figure>')
         parts.append("</div>")
     if differences:
         parts += [

@@ -121,12 +121,14 @@ def _figure(curves: Curves) -> Any:
     figure, axis = axes(f"Accuracy, {_SAID[strategy]}", 3.4)
     models = list(dict.fromkeys(key[0] for key in curves))
     noises = list(dict.fromkeys(key[1] for key in curves))
+    lines: dict[str, Any] = {}
     for (model, noise, _), points in curves.items():
         colour = COLOURS[models.index(model) % len(COLOURS)]
         line = ("-", "--", ":", "-.")[noises.index(noise) % 4]
         xs = [point.samples for point in points]
         label = f"{model}, {'no noise' if noise == 'none' else noise}"
-        axis.plot(xs, [p.mean for p in points], f"o{line}", color=colour, ms=4, lw=1.5, gid=label)
+        means = [point.mean for point in points]
+        (lines[label],) = axis.plot(xs, means, f"o{line}", color=colour, ms=4, lw=1.5)
         axis.fill_between(
             xs, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, lw=0
         )
@@ -136,5 +138,5 @@ def _figure(curves: Curves) -> Any:
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_xlabel("samples a problem", fontsize=8, color=MUTED)
-    legend(axis)
+    legend(axis, lines)
     return figure

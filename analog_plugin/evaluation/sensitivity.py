@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,8 +50,13 @@ class SensitivityReport:
         return next(row.kl for row in self.rows if (row.name, row.part) == (name, part))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; :meth:`from_dict` reads them back."""
         return {"rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SensitivityReport:
+        """A report from what :meth:`to_dict` gave."""
+        return cls([Sensitivity(**row) for row in values["rows"]])
 
 
 def analyze_sensitivity(

@@ -14,9 +14,11 @@ from torch import Tensor
 from analog_plugin.evaluation.fidelity import Reference
 from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, known, named_cells, programmed
 from analog_plugin.evaluation.records import RecordFile
+from analog_plugin.evaluation.sensitivity import SensitivityReport, analyze_sensitivity
 from analog_plugin.layers import forward_state
 from analog_plugin.layers.prefix import install_prefix, installed_prefix, remove_prefix
 from analog_plugin.modes import evaluation_mode
+from analog_plugin.noise import noise_label
 from analog_plugin.plugins.types import Evaluator
 from analog_plugin.progress import progress_bar
 
@@ -88,7 +90,7 @@ def sweep(
     """
     cells, measures = named_cells(noise, seeds), known(evaluators)
     own = {
-        "tokens": hashlib.sha256(tokens.contiguous().cpu().numpy().tobytes()).hexdigest()[:16],
+        "tokens": _digest(tokens),
         "shape": list(tokens.shape),
     }
     file = RecordFile(Path(output) / CELLS, own | dict(settings or {}), _check, overwrite)
@@ -136,6 +138,41 @@ def sweep(
             together = {metric: value for part in parts for metric, value in part.items()}
             reports[name].cells.append(NoiseCell(cell.label, cell.seed, together))
     return reports
+
+
+def layer_by_layer(
+    models: Mapping[str, SweepModel],
+    tokens: Tensor,
+    noise: str | Mapping[str, Any] | None,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+) -> dict[str, SensitivityReport]:
+    """Measure each layer of analog models alone; models that were measured are not loaded.
+
+    Args:
+        models: By the names that they have in the table.
+        tokens: [N, S] token ids.
+        noise: Programming noise, under seed 0; None: converters only.
+        output: Directory of ``sensitivity.jsonl``.
+        overwrite: Forget what that holds.
+    """
+    settings = {"tokens": _digest(tokens), "noise": noise_label(noise)}
+    path = Path(output) / "sensitivity.jsonl"
+    file = RecordFile(path, settings, SensitivityReport.from_dict, overwrite)
+    found = {(r["model"], r["identity"]): r for r in file.records}
+    reports = {}
+    for name, entry in models.items():
+        if (name, entry.identity) not in found:
+            made = analyze_sensitivity(entry.load(), tokens, noise=noise).to_dict()
+            file.add({"model": name, "identity": entry.identity} | made)
+            found[name, entry.identity] = file.records[-1]
+        reports[name] = SensitivityReport.from_dict(found[name, entry.identity])
+    return reports
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 class _References:

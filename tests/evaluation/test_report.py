@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from analog_plugin.evaluation.noise import NoiseCell, NoiseReport
-from analog_plugin.evaluation.plots import duration, figures
+from analog_plugin.evaluation.plots import duration, figures, heat_map
 from analog_plugin.evaluation.report import write_report
+from analog_plugin.evaluation.sensitivity import Sensitivity, SensitivityReport
 from analog_plugin.noise.specification import split_label
 
 NOISES = ["pcm", "gaussian:0.01", "gaussian:0.02", "hermes@1h", "hermes@1d", "hermes@1y"]
@@ -134,6 +135,25 @@ def test_labels_are_read_for_the_axes():
     assert [duration(t) for t in (1, 90, 3600, 86400.0, 31536000, 1.5)] == [
         "1s", "90s", "1h", "1d", "1y", "1.5s",
     ]  # fmt: skip
+
+
+def test_a_map_of_layers_is_drawn(tmp_path):
+    rows = [
+        Sensitivity(f"model.layers.{block}.{kind}", "all", 0.01 * (block + 1), 0.1)
+        for block in range(3)
+        for kind in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    report = SensitivityReport([*rows, Sensitivity("lm_head", "all", 0.0, 0.2)])
+    write_report(reports(), tmp_path, title="x", sensitivity={"a & b": report})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<figcaption>a &amp; b</figcaption>" in page and "Layer by layer" in page
+    (axis, _) = heat_map(report).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["–", "0", "1", "2"]
+    kinds = [label.get_text() for label in axis.get_xticklabels()]
+    assert kinds == ["lm_head", "down_proj", "q_proj"]
+    shown = axis.images[0].get_array()
+    assert shown[2][kinds.index("q_proj")] == pytest.approx(0.02)
+    assert SensitivityReport.from_dict(report.to_dict()) == report
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")

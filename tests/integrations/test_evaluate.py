@@ -22,6 +22,7 @@ from analog_plugin import (
 )
 from analog_plugin.data import evaluation_tokens
 from analog_plugin.evaluation import Reference
+from analog_plugin.layers import analog_layers
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer
 
 CLI = Path(sys.executable).with_name("optimum-cli")
@@ -142,6 +143,20 @@ def test_a_file_as_output_is_refused_and_kept(model_directory, corpus, tmp_path)
                 str(model_directory), tmp_path / "file", corpus=str(corpus), overwrite=overwrite
             )
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_layers_are_measured_once(model_directory, analog_directory, corpus, tmp_path):
+    models = {"original": str(model_directory), "analog": str(analog_directory)}
+    options = {"seeds": 1, "corpus": str(corpus), "sensitivity": True, **SMALL}
+    main_evaluate(models, tmp_path, **options)
+    assert (tmp_path / "sensitivity-analog.png").exists()
+    written = (tmp_path / "sensitivity.jsonl").read_bytes()
+    head, record = [json.loads(line) for line in written.splitlines()]
+    assert head["settings"]["noise"] == "pcm" and record["model"] == "analog"
+    names = {name for name, _ in analog_layers(load_checkpoint(analog_directory))}
+    assert {row["name"] for row in record["rows"]} == names
+    main_evaluate(models, tmp_path, **options)
+    assert (tmp_path / "sensitivity.jsonl").read_bytes() == written
 
 
 def test_overwrite_begins_anew(model_directory, corpus, tmp_path):

@@ -75,6 +75,11 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
         )
         parser.add_argument("--include-path", type=Path, help="directory of further tasks")
         parser.add_argument("--limit", type=int, help="questions of each task (default: all)")
+        parser.add_argument(
+            "--sensitivity",
+            action="store_true",
+            help="measure each layer of the analog checkpoints alone, too",
+        )
 
     def run(self) -> None:
         """Run :func:`main_evaluate`; a user's error is one sentence and exit status 1."""
@@ -96,6 +101,7 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
                 tasks=_split(given.tasks),
                 include_path=given.include_path,
                 limit=given.limit,
+                sensitivity=given.sensitivity,
                 device=given.device,
                 dtype=given.dtype,
                 overwrite=given.overwrite,

@@ -18,7 +18,8 @@ from analog_plugin.demo import resolve_model
 from analog_plugin.errors import AnalogError, require
 from analog_plugin.evaluation import NoiseReport
 from analog_plugin.evaluation.report import write_report
-from analog_plugin.evaluation.sweep import SweepModel, sweep
+from analog_plugin.evaluation.sensitivity import SensitivityReport
+from analog_plugin.evaluation.sweep import SweepModel, layer_by_layer, sweep
 from analog_plugin.noise import at_times, resolve_noise
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
 
@@ -41,6 +42,7 @@ def main_evaluate(
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
     limit: int | None = None,
+    sensitivity: bool = False,
     device: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
@@ -65,6 +67,8 @@ def main_evaluate(
             download) and ``"paper"`` are sets of them.
         include_path: A directory with further tasks of lm-eval.
         limit: Questions of each task; None: all.
+        sensitivity: Measure each layer of the analog checkpoints alone, under the first noise and
+            seed 0, on two of the blocks: one evaluation a layer.
         device: Where to compute; None: a GPU if there is one.
         dtype: Type of the weights.
         overwrite: Forget the cells in ``output``.
@@ -127,9 +131,13 @@ def main_evaluate(
     notes = [f"Measured on {blocks} blocks of {length} tokens of {corpus}, in {dtype}."]
     if original is not None:
         notes.append(f"KL and top-1 are to {original}.")
-    text = write_report(
-        reports, output, title=f"{', '.join(named)} under hardware noise", notes=notes
-    )
+    layers: dict[str, SensitivityReport] = {}
+    if sensitivity:
+        analog = {n: entry(named[n], kind) for n, kind in kinds.items() if kind == "analog"}
+        first_noise = noises[1] if noises[1:] else None
+        layers = layer_by_layer(analog, tokens[:2], first_noise, output, overwrite=overwrite)
+    title = f"{', '.join(named)} under hardware noise"
+    text = write_report(reports, output, title=title, notes=notes, sensitivity=layers)
     print(f"\n{text}\nWritten to {output}; the page is {Path(output) / 'report.html'}.")
     return reports
 
