@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from analog_plugin.checkpoint.plain import plain_input_scales, plain_layers
+from analog_plugin.evaluation.tables import TITLES, Summary
 from analog_plugin.layers import analog_layers, model_scheme
 from analog_plugin.scheme import AnalogScheme
-
-_TITLES = {"perplexity": "perplexity", "kl": "KL to the original (nats)", "agreement": "top-1"}
 
 
 def result_table(result: Any) -> str:
@@ -21,14 +18,14 @@ def result_table(result: Any) -> str:
     reports = result.reports
     if not reports:
         return "Nothing was measured (evaluation: null).\n"
-    metrics = [m for m in _TITLES if any(m in c.metrics for r in reports.values() for c in r.cells)]
+    metrics = [m for m in TITLES if any(m in c.metrics for r in reports.values() for c in r.cells)]
     lines = [
-        "| model | noise | " + " | ".join(_TITLES[m] for m in metrics) + " |",
+        "| model | noise | " + " | ".join(TITLES[m] for m in metrics) + " |",
         "|---|---|" + "---|" * len(metrics),
     ]
     for name, report in reports.items():
         for noise in dict.fromkeys(cell.noise for cell in report.cells):
-            values = [_figure(report.mean(noise, m), report.std(noise, m)) for m in metrics]
+            values = [str(Summary.of(report.values(noise, m))) for m in metrics]
             lines.append(f"| {name} | {noise} | " + " | ".join(values) + " |")
     lines += _paired_differences(reports, metrics)
     settings = result.recipe.evaluation
@@ -66,19 +63,9 @@ def _paired_differences(reports: Mapping[str, Any], metrics: Sequence[str]) -> l
         values = []
         for metric in metrics:
             pairs = zip(before.values(noise, metric), after.values(noise, metric), strict=True)
-            gains = [a - b for a, b in pairs]
-            spread = statistics.stdev(gains) if len(gains) > 1 else math.nan
-            values.append(_figure(statistics.fmean(gains), spread))
+            values.append(str(Summary.of([a - b for a, b in pairs])))
         lines.append(f"| *original − trained, per seed* | {noise} | " + " | ".join(values) + " |")
     return lines
-
-
-def _figure(mean: float, std: float) -> str:
-    if math.isnan(mean):
-        return "–"
-    digits = 1 if abs(mean) >= 10 else 3
-    shown = f"{mean:.{digits}f}"
-    return shown if math.isnan(std) else f"{shown} ± {std:.{digits}f}"
 
 
 def model_card(model: Any, profile: str, result: Any | None) -> str:

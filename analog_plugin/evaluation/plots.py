@@ -83,8 +83,8 @@ def _figures(reports: Mapping[str, NoiseReport]) -> dict[str, Any]:
     metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.metrics))
     names = {label: split_label(label) for label in labels}
     made = {f"seeds-{metric}": _dots(reports, labels, metric) for metric in metrics}
-    for kind, groups in (("level", _by_level(names)), ("time", _by_time(names))):
-        for (name, rest), members in groups.items():
+    for kind in ("level", "time"):
+        for (name, rest), members in _groups(names, kind).items():
             group = name if rest is None else f"{name}-{rest:g}"
             for metric in metrics:
                 made[f"{kind}-{group}-{metric}"] = _curves(reports, members, metric, name, kind)
@@ -102,21 +102,20 @@ def svg(figure: Any, salt: str) -> str:
     return whole[whole.index("<svg") :]
 
 
-def _by_level(names: Mapping[str, NoiseName]) -> dict[tuple[str, Any], list[tuple[float, str]]]:
-    """(level, label) of the noise models that were measured at several levels."""
-    groups: dict[tuple[str, Any], list[tuple[float, str]]] = {}
-    for label, part in names.items():
-        if part.level is not None:
-            groups.setdefault((part.name, part.time), []).append((part.level, label))
-    return {key: sorted(found) for key, found in groups.items() if len(found) > 1}
+def _groups(
+    names: Mapping[str, NoiseName], along: str
+) -> dict[tuple[str, float | None], list[tuple[float, str]]]:
+    """(value, label) of the noise models that were measured at several values of ``along``.
 
-
-def _by_time(names: Mapping[str, NoiseName]) -> dict[tuple[str, Any], list[tuple[float, str]]]:
-    """(time, label) of the noise models that were read at several times."""
-    groups: dict[tuple[str, Any], list[tuple[float, str]]] = {}
+    ``along`` is ``"level"`` or ``"time"``; models differ in name or in the other of the two.
+    """
+    other = {"level": "time", "time": "level"}[along]
+    groups: dict[tuple[str, float | None], list[tuple[float, str]]] = {}
     for label, part in names.items():
-        if part.time:  # not at once: the axis is logarithmic
-            groups.setdefault((part.name, part.level), []).append((part.time, label))
+        value = getattr(part, along)
+        if value is None or (along == "time" and value == 0):  # its axis is logarithmic
+            continue
+        groups.setdefault((part.name, getattr(part, other)), []).append((value, label))
     return {key: sorted(found) for key, found in groups.items() if len(found) > 1}
 
 

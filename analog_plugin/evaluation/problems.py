@@ -32,9 +32,7 @@ def extract_number(text: str) -> str | None:
         >>> extract_number(" 1,250.\n7 + 1 =")
         '1250'
     """
-    line = text.lstrip().partition("\n")[0]
-    found = _NUMBER.findall(line)
-    return found[-1].replace(",", "") if found else None
+    return extract_last_number(text.lstrip().partition("\n")[0])
 
 
 def extract_last_number(text: str) -> str | None:

@@ -23,30 +23,37 @@ class Summary:
     Attributes:
         count: Seeds.
         mean, std: Mean and standard deviation (n - 1); NaN where there are too few.
-        low, high: 95 % confidence interval of the mean (Student's t over seeds).
     """
 
     count: int
     mean: float
     std: float
-    low: float
-    high: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Summarise one value a seed.
-
-        Raises:
-            MissingExtra: scipy is not installed.
-        """
+        """Summarise one value a seed."""
         mean = statistics.fmean(values) if values else math.nan
         # statistics itself fails on infinities and NaN.
-        if len(values) < 2 or not all(map(math.isfinite, values)):
-            return cls(len(values), mean, math.nan, math.nan, math.nan)
-        std = statistics.stdev(values)
-        quantile = float(require("scipy.stats", "eval").t.ppf(0.975, len(values) - 1))
-        half = quantile * std / math.sqrt(len(values))
-        return cls(len(values), mean, std, mean - half, mean + half)
+        enough = len(values) > 1 and all(map(math.isfinite, values))
+        return cls(len(values), mean, statistics.stdev(values) if enough else math.nan)
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % confidence interval of the mean; NaN where there is no std."""
+        return self.mean - self._half
+
+    @property
+    def high(self) -> float:
+        """Its upper end."""
+        return self.mean + self._half
+
+    @property
+    def _half(self) -> float:
+        """Half of the interval: Student's t over seeds (scipy, of the extra ``eval``)."""
+        if math.isnan(self.std):
+            return math.nan
+        quantile = float(require("scipy.stats", "eval").t.ppf(0.975, self.count - 1))
+        return quantile * self.std / math.sqrt(self.count)
 
     def __str__(self) -> str:
         if not math.isfinite(self.mean):

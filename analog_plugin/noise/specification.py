@@ -33,12 +33,11 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
         return noise
     arguments: dict[str, Any] = {}
     if isinstance(noise, str):
-        text, at, time = noise.partition("@")
-        name, colon, value = text.partition(":")
-        arguments = {"time": time} if at else {}
+        name, value, time = _parts(noise)
+        arguments = {} if time is None else {"time": time}
     elif isinstance(noise, Mapping) and isinstance(noise.get("name"), str):
         arguments = {key: value for key, value in noise.items() if key != "name"}
-        name, colon, value = noise["name"], "", ""
+        name, value = noise["name"], None
     else:
         raise AnalogError(
             f"noise is {noise!r}, but must be a name, name:level or a mapping with a name; write "
@@ -46,7 +45,7 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
         )
     factory = lookup(noise_models(), name, "noise model").factory
     parameters = list(inspect.signature(factory).parameters)
-    if colon:
+    if value is not None:
         try:
             arguments[parameters[0]] = float(value)
         except (ValueError, IndexError):
@@ -120,21 +119,26 @@ def split_label(label: str) -> NoiseName:
     """
     from analog_plugin.plugins import noise_models
 
-    text, at, time = label.partition("@")
-    name, colon, value = text.partition(":")
+    name, said, time = _parts(label)
     known = noise_models().get(name)
-    said: Any = value if colon else None
-    if not colon and known is not None:
+    if said is None and known is not None:
         first = next(iter(inspect.signature(known.factory).parameters.values()), None)
         said = None if first is None else first.default
     try:
-        level = float(said)
+        level = float(said)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         level = None
     try:
-        return NoiseName(name, level, parse_time(time) if at else None)
+        return NoiseName(name, level, parse_time(time))
     except AnalogError:  # a stranger's model may tell times in another way
         return NoiseName(name, level, None)
+
+
+def _parts(text: str) -> tuple[str, str | None, str | None]:
+    """Name, level and time of ``"name:level@time"``; None for what is not there."""
+    rest, at, time = text.partition("@")
+    name, colon, level = rest.partition(":")
+    return name, level if colon else None, time if at else None
 
 
 def noise_label(noise: str | Mapping[str, Any] | Any | None) -> str:

@@ -1,6 +1,7 @@
 """What a directory holds, and that a broken one is refused in one sentence."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,8 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from analog_plugin import AnalogError, load_checkpoint, save_checkpoint
+from analog_plugin.checkpoint.card import result_table
 from analog_plugin.checkpoint.layout import AnalogConfig, verify_manifest
+from analog_plugin.evaluation.noise import NoiseCell, NoiseReport
 from analog_plugin.paths import atomic_directory, check_output
+from analog_plugin.recipe import AnalogRecipe
+from analog_plugin.training.pipeline import AnalogResult
 from optimum.analog import AnalogModelForCausalLM
 
 
@@ -213,3 +218,11 @@ def test_a_killed_writer_leaves_a_whole_directory(make_analog, tmp_path):
         if target.exists():
             verify_manifest(target)
             assert isinstance(load_checkpoint(target), torch.nn.Module)
+
+
+def test_a_card_says_what_is_not_finite():
+    """Training is done when the card is written: a broken measurement must not lose it."""
+    cells = [NoiseCell("pcm", seed, {"kl": value}) for seed, value in enumerate((1.0, math.nan))]
+    reports = {name: NoiseReport(cells) for name in ("original", "analog-trained")}
+    result = AnalogResult(None, AnalogRecipe(), reports)
+    assert result_table(result).count("not finite") == 3

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from analog_integrations.optimum.arguments import add_place, errors_are_sentences
+
 _DESCRIPTION = """\
 Train a causal language model to survive analog in-memory computing hardware, and write a
 checkpoint that loads with from_pretrained.
@@ -76,15 +78,7 @@ class AnalogExportCommand(BaseOptimumCLICommand):
             type=int,
             help="seed of the training's order and noise (default: the recipe's, else 0)",
         )
-        parser.add_argument(
-            "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
-        )
-        parser.add_argument(
-            "--dtype",
-            default="float32",
-            choices=("float32", "bfloat16", "float16"),
-            help="type of the trained weights (default: float32)",
-        )
+        add_place(parser, "trained weights")
         parser.add_argument(
             "--no-train",
             action="store_true",
@@ -99,17 +93,10 @@ class AnalogExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Run :func:`main_export`; a user's error is one sentence and exit status 1."""
-        from analog_plugin.errors import AnalogError
-
-        arguments = {k: v for k, v in vars(self.args).items() if k not in ("func", "output")}
-        try:
+        with errors_are_sentences("nothing was written"):
             from analog_integrations.optimum.export import main_export
 
-            main_export(output=self.args.output, **{k: arguments[k] for k in _ARGUMENTS})
-        except AnalogError as error:
-            raise SystemExit(f"error: {error}") from None
-        except KeyboardInterrupt:
-            raise SystemExit("interrupted: nothing was written") from None
+            main_export(output=self.args.output, **{k: getattr(self.args, k) for k in _ARGUMENTS})
 
 
 _ARGUMENTS = (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from analog_integrations.optimum.arguments import add_place, errors_are_sentences
 
 _EVALUATE = """\
 Measure models under hardware noise: perplexity, and KL and top-1 agreement with the full-precision
@@ -41,6 +41,9 @@ examples:
 Every finished problem is kept in OUTPUT/samples.jsonl: the same command goes on where it was
 interrupted. The page is OUTPUT/test-time.html; beside it are test-time.md and test-time.csv.
 """
+
+
+_KEPT = "what was measured is kept; the same command goes on from there"
 
 
 class AnalogEvaluateCommand(BaseOptimumCLICommand):
@@ -84,7 +87,7 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         """Run :func:`main_evaluate`; a user's error is one sentence and exit status 1."""
         given = self.args
-        with _errors_are_sentences():
+        with errors_are_sentences(_KEPT):
             from analog_integrations.optimum.evaluate import main_evaluate
 
             main_evaluate(
@@ -139,7 +142,7 @@ class AnalogTestTimeCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         """Run :func:`main_test_time`; a user's error is one sentence and exit status 1."""
         given = self.args
-        with _errors_are_sentences():
+        with errors_are_sentences(_KEPT):
             from analog_integrations.optimum.scaling import main_test_time
 
             main_test_time(
@@ -185,31 +188,10 @@ def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int)
         default=batch_size,
         help=f"blocks, questions or samples at once (default: {batch_size})",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="type of the weights (default: float32)",
-    )
+    add_place(parser, "weights")
     parser.add_argument(
         "--overwrite", action="store_true", help="forget what was measured in OUTPUT"
     )
-
-
-@contextlib.contextmanager
-def _errors_are_sentences() -> Iterator[None]:
-    """A user's error becomes one sentence and exit status 1, an interruption says what is kept."""
-    from analog_plugin.errors import AnalogError
-
-    try:
-        yield
-    except AnalogError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "interrupted: what was measured is kept; the same command goes on from there"
-        ) from None
 
 
 def _noises(given: list[str] | None) -> list[str]:
