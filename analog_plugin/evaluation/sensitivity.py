@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
+from analog_plugin.evaluation.blocks import KnownBlocks
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.evaluation.noise import programmed
 from analog_plugin.layers import analog_layers, digital_layers, forward_state
@@ -95,12 +97,15 @@ def analyze_sensitivity(
         groups.setdefault(name if by == "layer" else name.rpartition(".")[2], []).append(layer)
     total = sum(layer.weight.numel() for _, layer in analog_layers(model))
     rows = []
+    fits = by == "layer" and len(tokens) <= batch_size
     with evaluation_mode(model), digital_layers(model), programmed(model, None, None):
         reference = Reference.of(model, tokens, batch_size, keep_logits=True)
+        known = _known_blocks(model, tokens, reference) if fits else None
         cells = [(name, part) for part in parts for name in groups]
         for name, part in progress_bar(cells, desc="Measuring sensitivity"):
             layers = groups[name]
-            with _alone(layers, part, programming, seed):
+            spared = known.before(name) if known is not None else contextlib.nullcontext()
+            with _alone(layers, part, programming, seed), spared:
                 kl = fidelity(model, tokens, reference, batch_size)["kl"]
             share = sum(layer.weight.numel() for layer in layers) / total
             rows.append(Sensitivity(name, part, kl, share))
@@ -121,6 +126,12 @@ def choose_digital(report: SensitivityReport, budget: float) -> list[str]:
             chosen.append(row.name)
             spent += row.share
     return chosen
+
+
+def _known_blocks(model: nn.Module, tokens: Tensor, reference: Reference) -> KnownBlocks:
+    states, batch = reference.states.alike(model), tokens.to(next(model.parameters()).device)
+    with torch.no_grad():
+        return KnownBlocks(model, lambda: states(input_ids=batch))
 
 
 @contextlib.contextmanager
