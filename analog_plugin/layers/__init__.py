@@ -7,6 +7,7 @@ from analog_plugin.layers.convert import (
     convert_to_analog,
     digital_layers,
     keep_digital,
+    scheme_changed,
     to_digital,
 )
 from analog_plugin.layers.linear import AnalogLinear
@@ -23,5 +24,6 @@ __all__ = [
     "forward_state",
     "keep_digital",
     "model_scheme",
+    "scheme_changed",
     "to_digital",
 ]

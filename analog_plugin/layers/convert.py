@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -140,6 +140,26 @@ def digital_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
     finally:
         for layer, digital in before:
             layer.digital = digital
+
+
+@contextlib.contextmanager
+def scheme_changed(model: nn.Module, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context ``changes`` hold for the scheme of the model and of every layer."""
+    state, scheme = forward_state(model), model_scheme(model)
+    before = [
+        (layer, layer.scheme, layer.input_range.requires_grad) for _, layer in analog_layers(model)
+    ]
+    try:
+        state.scheme = scheme.replace(**changes)
+        for layer, own, _ in before:
+            layer.scheme = own.replace(**changes)
+            layer.input_range.requires_grad_(layer.scheme.input_range == "learned")
+        yield
+    finally:
+        state.scheme = scheme
+        for layer, own, learned in before:
+            layer.scheme = own
+            layer.input_range.requires_grad_(learned)
 
 
 def _back(model: nn.Module, layers: Sequence[Any]) -> None:

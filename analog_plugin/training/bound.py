@@ -58,7 +58,7 @@ def choose_out_bound(
     Raises:
         AnalogError: The layers have no ADC.
     """
-    if all(layer.scheme.output_bits is None for _, layer in analog_layers(model)):
+    if not has_adc(model):
         raise AnalogError("out_bound cannot be chosen without an ADC; write output_bits: 8.")
 
     def take(bound: float) -> None:
@@ -75,3 +75,8 @@ def choose_out_bound(
             curve[bound] = fidelity(model, tokens, reference, batch_size)["kl"]
     take(min(curve, key=lambda bound: math.inf if math.isnan(curve[bound]) else curve[bound]))
     return curve
+
+
+def has_adc(model: nn.Module) -> bool:
+    """Whether some analog layer of the model has an ADC."""
+    return any(layer.scheme.output_bits is not None for _, layer in analog_layers(model))

@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analog_plugin.data import evaluation_tokens, generate_dataset, load_tokens
-from analog_plugin.data.limits import check_sequence_length, check_token_ids
-from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, evaluate_noise
 from analog_plugin.layers import analog_layers, convert_to_analog, to_digital
@@ -26,10 +23,11 @@ from analog_plugin.noise import resolve_noise
 from analog_plugin.plugins import exporters, lookup
 from analog_plugin.plugins.types import Exporter
 from analog_plugin.presets import resolve_scheme
-from analog_plugin.recipe import AnalogRecipe, split_training
+from analog_plugin.recipe import AnalogRecipe
 from analog_plugin.training.ranges import calibrate_plain_ranges
 from analog_plugin.training.run import TrainingRun, rehearse_training, run_training
 from analog_plugin.training.start import prepare_start, prepares, published_start
+from analog_plugin.training.tokens import calibration_batches, evaluation_rows, training_rows
 
 
 @dataclass
@@ -81,7 +79,7 @@ def train_analog(
     run = TrainingRun()
 
     # All that can be refused is refused before the long work begins.
-    tokens = _evaluation_tokens(model, recipe, tokenizer)
+    tokens = evaluation_rows(model, recipe, tokenizer)
     if train:
         rehearse_training(model, recipe)
     # The teacher keeps the original weights; it is never saved.
@@ -97,8 +95,8 @@ def train_analog(
             prefix = install_prefix(teacher, prefix_tokens(teacher, scheme.prefix))
             remove_prefix(teacher)  # for now: tokens are sampled from the model as it came
         with _timed(times, "data"):
-            rows = _training_tokens(teacher, recipe, tokenizer, dataset)
-        batches, held_out = _calibration_batches(model, rows, recipe)
+            rows = training_rows(teacher, recipe, tokenizer, dataset)
+        batches, held_out = calibration_batches(model, rows, recipe)
         with _timed(times, "evaluation"):
             measure = measure_plain = _Measurement(teacher, result, tokens)
             measure("original, digital", converters=False)
@@ -178,66 +176,6 @@ class _Measurement:
         except torch.OutOfMemoryError:  # rounded weights stand beside the others; training is done
             return
         self.result.reports["loaded plainly"] = NoiseReport([NoiseCell("none", None, metrics)])
-
-
-def _evaluation_tokens(model: nn.Module, recipe: AnalogRecipe, tokenizer: Any) -> Tensor | None:
-    settings = recipe.evaluation
-    if settings is None:
-        return None
-    if tokenizer is None:
-        raise AnalogError(
-            "The evaluation needs a tokenizer; give tokenizer=, or write evaluation: null."
-        )
-    check_sequence_length(model, settings.length, "evaluation.length")
-    tokens = evaluation_tokens(tokenizer, settings.blocks, settings.length, settings.corpus)
-    check_token_ids(model, tokens, "The evaluation corpus")
-    return tokens
-
-
-def _training_tokens(
-    model: nn.Module, recipe: AnalogRecipe, tokenizer: Any, dataset: Any
-) -> Tensor:
-    data = recipe.data
-    source = data.source if dataset is None else dataset
-    if isinstance(source, Tensor):
-        if source.dim() != 2 or source.shape[0] == 0 or source.shape[1] < 2:
-            raise AnalogError(
-                f"The dataset has the shape {tuple(source.shape)}, but must be token ids "
-                "[rows, length] with at least one row and two tokens."
-            )
-        check_sequence_length(model, source.shape[1])
-        check_token_ids(model, source, "The dataset")
-        return source.long()
-    if isinstance(source, str) and source == "self":
-        return generate_dataset(
-            model,
-            data.tokens,
-            data.sequence_length,
-            bos_token_id=data.bos_token_id,
-            temperature=data.temperature,
-            top_k=data.top_k,
-            ignore_eos=data.ignore_eos,
-            batch_size=data.batch_size,
-            seed=data.seed,
-        )
-    check_sequence_length(model, data.sequence_length)
-    rows = load_tokens(
-        source, tokenizer, data.sequence_length, tokens=data.tokens, text_column=data.text_column
-    )
-    check_token_ids(model, rows, "The dataset")
-    return rows
-
-
-def _calibration_batches(
-    model: nn.Module, rows: Tensor, recipe: AnalogRecipe
-) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """Batches for calibration, and the rows behind them (the last ones where none are left)."""
-    size = split_training(recipe.training)[1].get("per_device_train_batch_size", 8)
-    device = next(model.parameters()).device
-    batches = rows.split(size)[: resolve_scheme(recipe.scheme).range_init_batches]
-    rest = rows[sum(map(len, batches)) :]
-    held_out = rest if len(rest) else rows[-size:]
-    return [{"input_ids": batch.to(device)} for batch in batches], held_out
 
 
 def _versions() -> dict[str, str]:

@@ -17,13 +17,13 @@ from analog_plugin.evaluation.sensitivity import analyze_sensitivity, choose_dig
 from analog_plugin.layers import (
     analog_layers,
     digital_layers,
-    forward_state,
     keep_digital,
     model_scheme,
+    scheme_changed,
 )
 from analog_plugin.layers.prefix import install_prefix, installed_prefix, prefix_tokens
 from analog_plugin.scheme import AnalogScheme
-from analog_plugin.training.bound import CANDIDATES, choose_out_bound, set_ranges
+from analog_plugin.training.bound import CANDIDATES, choose_out_bound, has_adc, set_ranges
 from analog_plugin.training.outputs import RangeTable, search_output_ranges
 from analog_plugin.training.ranges import calibrate_ranges
 from analog_plugin.training.rescale import rescale_model
@@ -97,26 +97,19 @@ def published_start(
     They are ``range_init_std`` standard deviations of the inputs (arXiv 2505.09663). Where the
     scheme leaves the ADC's bound open, it is the best one for these ranges.
     """
-    state, scheme = forward_state(model), model_scheme(model)
-    before = [(layer, layer.scheme) for _, layer in analog_layers(model)]
-    try:
-        for layer, own in before:
-            layer.scheme = own.replace(range_init="std", out_bound=own.out_bound or CANDIDATES[-1])
+    bound = model_scheme(model).out_bound
+    changes = {"range_init": "std", "out_bound": bound or CANDIDATES[-1]}
+    with scheme_changed(model, changes):
         calibrate_ranges(model, batches, len(batches))
-        if _chooses_bound(model, scheme):
+        if bound is None and has_adc(model):
             choose_out_bound(model, held_out[:_BOUND_ROWS])
         yield
-    finally:
-        state.scheme = scheme
-        for layer, own in before:
-            layer.scheme = own
 
 
 def _chooses_bound(model: Any, scheme: AnalogScheme | None = None) -> bool:
     """Whether some layer has an ADC, and ``scheme`` (None: the model's) leaves its bound open."""
     scheme = model_scheme(model) if scheme is None else scheme
-    has_adc = any(layer.scheme.output_bits is not None for _, layer in analog_layers(model))
-    return scheme.out_bound is None and has_adc
+    return scheme.out_bound is None and has_adc(model)
 
 
 def _ranges(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> RangeTable | None:

@@ -6,14 +6,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from analog_integrations.optimum.ablate import main_ablate
+    from analog_integrations.optimum.evaluate import main_evaluate
     from analog_integrations.optimum.export import main_export
     from analog_integrations.optimum.modeling import AnalogModelForCausalLM
     from analog_integrations.optimum.scaling import main_test_time
 
-__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export", "main_test_time"]
+__all__ = [
+    "AnalogModelForCausalLM",
+    "main_ablate",
+    "main_evaluate",
+    "main_export",
+    "main_test_time",
+]
 
 _MODULES = {
     "AnalogModelForCausalLM": "modeling",
+    "main_ablate": "ablate",
     "main_evaluate": "evaluate",
     "main_export": "export",
     "main_test_time": "scaling",

@@ -43,6 +43,23 @@ interrupted. The page is OUTPUT/test-time.html; beside it are test-time.md and t
 """
 
 
+_ABLATE = """\
+Train a model several times from one start, each time with one ingredient changed: training noise,
+clipping, the ADC, learned ranges, distillation, own tokens. All runs are measured alike.
+"""
+
+_ABLATE_EXAMPLES = """\
+examples:
+  optimum-cli analog ablate --model demo:smollm2-135m-instruct \\
+      --recipe examples/recipes/demo.yaml --steps 20 --output ablation
+  optimum-cli analog ablate --model MODEL --recipe RECIPE --ingredients tokens,distillation \\
+      --corpus text.jsonl --output ablation
+
+Every finished run is kept in OUTPUT/runs.jsonl: the same command goes on where it was interrupted.
+The page is OUTPUT/report.html; beside it are table.md, table.csv and every figure as PNG.
+"""
+
+
 _KEPT = "what was measured is kept; the same command goes on from there"
 
 
@@ -164,6 +181,61 @@ class AnalogTestTimeCommand(BaseOptimumCLICommand):
             )
 
 
+class AnalogAblateCommand(BaseOptimumCLICommand):
+    """Measure what each ingredient of training is worth."""
+
+    COMMAND = CommandInfo(name="ablate", help="What each ingredient of training is worth.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.description = _ABLATE
+        parser.epilog = _ABLATE_EXAMPLES
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("-m", "--model", required=True, help="directory, hub id or demo:NAME")
+        parser.add_argument(
+            "--recipe",
+            type=Path,
+            required=True,
+            help="llm-compressor recipe (YAML) with one AnalogModifier",
+        )
+        parser.add_argument(
+            "-o", "--output", type=Path, required=True, help="directory of the measurements"
+        )
+        parser.add_argument(
+            "--ingredients",
+            action="append",
+            help="of noise, clipping, adc, ranges, distillation, tokens (default: all that the "
+            "recipe has room for)",
+        )
+        parser.add_argument(
+            "--corpus", help="text to train on instead of own tokens: a file, a hub id"
+        )
+        parser.add_argument("--steps", type=int, help="steps of a run (default: the recipe's)")
+        add_place(parser, "trained weights")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="forget the runs that are in OUTPUT"
+        )
+
+    def run(self) -> None:
+        """Run :func:`main_ablate`; a user's error is one sentence and exit status 1."""
+        given = self.args
+        with errors_are_sentences("finished runs are kept; the same command goes on from there"):
+            from analog_integrations.optimum.ablate import main_ablate
+
+            main_ablate(
+                given.model,
+                given.output,
+                given.recipe,
+                ingredients=_split(given.ingredients) or None,
+                corpus=given.corpus,
+                steps=given.steps,
+                device=given.device,
+                dtype=given.dtype,
+                overwrite=given.overwrite,
+            )
+
+
 def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int) -> None:
     """Arguments of every command that measures models under noise."""
     parser.add_argument("models", nargs="+", metavar="model", help="directory, hub id or demo:NAME")
@@ -230,5 +302,10 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="test-time",
             help="Accuracy against samples a problem, under noise.",
             subcommand_class=AnalogTestTimeCommand,
+        ),
+        CommandInfo(
+            name="ablate",
+            help="What each ingredient of training is worth.",
+            subcommand_class=AnalogAblateCommand,
         ),
     )

@@ -2,9 +2,16 @@
 
 from analog_integrations.optimum import (
     AnalogModelForCausalLM,
+    main_ablate,
     main_evaluate,
     main_export,
     main_test_time,
 )
 
-__all__ = ["AnalogModelForCausalLM", "main_evaluate", "main_export", "main_test_time"]
+__all__ = [
+    "AnalogModelForCausalLM",
+    "main_ablate",
+    "main_evaluate",
+    "main_export",
+    "main_test_time",
+]
