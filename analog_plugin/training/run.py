@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,8 +117,11 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
             range_learning_rate=own.range_learning_rate,
             **recipe.distillation.model_dump(),
         )
+        interrupts = _KeptInterrupts()
+        trainer.add_callback(interrupts)
         try:
-            trainer.train()
+            with interrupts.kept():
+                trainer.train()
         finally:
             model.eval()
             model.zero_grad()
@@ -127,6 +132,38 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
         trainer.state.num_input_tokens_seen,
         [entry for entry in trainer.state.log_history if "loss" in entry],
     )
+
+
+class _KeptInterrupts(TrainerCallback):
+    """An interrupt that a library swallows is raised again after the step.
+
+    C code may clear any exception, that of Ctrl-C too: ``PyObject_HasAttr`` does.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Note interrupts within this context; a handler of somebody else's stays."""
+        ours = threading.current_thread() is threading.main_thread()
+        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self.pending = True
+            signal.default_int_handler(number, frame)
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.pending:
+            raise KeyboardInterrupt
 
 
 def _arguments(model: Any, recipe: AnalogRecipe, scratch: str) -> Any:

@@ -1,7 +1,9 @@
 """train_analog from a digital model to the table of results."""
 
+import contextlib
 import copy
 import math
+import signal
 
 import pytest
 import torch
@@ -428,3 +430,25 @@ def test_no_whole_batch_is_refused(model, recipe):
         train_analog(
             model, recipe(evaluation=None, training=training), dataset=token_ids(8, LENGTH)
         )
+
+
+def test_an_interrupt_that_a_library_swallows_ends_the_training_all_the_same(
+    model, recipe, tokenizer, monkeypatch
+):
+    """As C code does that clears every exception."""
+    handler, steps = signal.getsignal(signal.SIGINT), []
+    real = AnalogTrainer.compute_loss
+
+    def swallowing(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(AnalogTrainer, "compute_loss", swallowing)
+    settings = recipe(training={"max_steps": 50})
+    with pytest.raises(KeyboardInterrupt):
+        train_analog(model, settings, tokenizer=tokenizer)
+    assert steps == [0, 1]
+    assert signal.getsignal(signal.SIGINT) is handler
