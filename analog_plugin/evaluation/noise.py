@@ -183,15 +183,16 @@ def programmed(model: nn.Module, noise: Any | None, seed: int | None) -> Iterato
     Without noise they hold the clean ones. Afterwards they hold what they held before.
     """
     before = [
-        (layer, layer.programmed_weight, layer.programmed_maximum)
+        (layer, layer.programmed_weight, layer.programmed_maximum, layer.programmed_disturbances)
         for _, layer in analog_layers(model)
     ]
     try:
-        for layer, _, _ in before:
+        for layer, *_ in before:
             layer.restore()
             if noise is not None and seed is not None:
                 layer.program(noise, seed)
         yield
     finally:
-        for layer, weight, maximum in before:
+        for layer, weight, maximum, disturbances in before:
             layer.programmed_weight, layer.programmed_maximum = weight, maximum
+            layer.programmed_disturbances = disturbances

@@ -27,10 +27,12 @@ class AnalogLayer(nn.Module):
         input_range: λ [n_tiles], an fp32 Parameter that stays fp32 when the model is cast.
         programmed_weight: [out, in] weights as programmed onto devices, or None.
         programmed_maximum: [K, out] column maxima that scale the ADC of programmed weights.
+        programmed_disturbances: Of each tile, what changes its outputs (IR drop); see
+            :class:`~analog_plugin.noise.Programmed`.
         plain_range: [1] range that plain loaders are given, or None: the largest tile's.
         name: The layer's name in its model; keys its noise.
         digital: While true there are neither converters nor training noise: a plain linear layer,
-            with the programmed weights if there are any.
+            with the programmed weights and disturbances if there are any.
         observer: Called with each input and its padding mask, for calibration.
         owns_range: False where ``input_range`` is shared and another layer updates it.
     """
@@ -60,6 +62,7 @@ class AnalogLayer(nn.Module):
         counts = torch.zeros(len(self.tiles), 2, dtype=torch.int64, device=device)
         self.register_buffer("clip_counts", counts, persistent=False)
         self.register_buffer("range_batches", torch.zeros((), dtype=torch.int64, device=device))
+        self.programmed_disturbances: list[tuple[Callable[..., Tensor], ...]] = []
         self.name = ""
         self.state: ForwardState | None = None
         self.owns_range = True
@@ -79,16 +82,21 @@ class AnalogLayer(nn.Module):
             self.observer(x, row_mask)
         programmed = self.programmed_weight
         weight = self.tile_weight if programmed is None else programmed
+        scheme, disturbances = self.scheme, self.programmed_disturbances
         if self.digital:
-            return nn.functional.linear(x, weight, self.bias)
-        if self.training:
-            self.initialize_ranges(x, row_mask)
-        self.require_ranges()
+            if not any(disturbances):
+                return nn.functional.linear(x, weight, self.bias)
+            scheme = scheme.replace(input_bits=None, output_bits=None)
+        else:
+            if self.training:
+                self.initialize_ranges(x, row_mask)
+            self.require_ranges()
         maximum = self.programmed_maximum
         if maximum is None:
             # Not kept: weights are replaced and written in ways that no version number shows.
             maximum = column_maximum(weight.detach(), self.tiles)
-        context = MatmulContext(self.scheme, self.tiles, row_mask=row_mask, dtype=_dtype(x, weight))
+        context = MatmulContext(scheme, self.tiles, row_mask=row_mask, dtype=_dtype(x, weight))
+        context.disturbances = disturbances
         if self.training and programmed is None:
             if self.state is not None:
                 context.noise = self.state.generator(self.name, weight.device)
@@ -119,10 +127,12 @@ class AnalogLayer(nn.Module):
             else:
                 maximum = column_maximum(weight, self.tiles)
                 self.programmed_maximum = maximum * maximum.new_tensor(factors)[:, None]
+            self.programmed_disturbances = [tile.disturbances for tile in made]
 
     def restore(self) -> None:
         """Forget the programmed weights; the clean ones were never touched."""
         self.programmed_weight = self.programmed_maximum = None
+        self.programmed_disturbances = []
 
     @torch.no_grad()
     def set_input_range(self, values: Tensor | float | Sequence[float]) -> None:

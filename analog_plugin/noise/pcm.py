@@ -28,7 +28,7 @@ class PCMNoise:
     Args:
         scale: Factor on the standard deviation; 1 is the measured chip.
 
-    Not modelled: drift, read noise, temperature, stuck devices.
+    Not modelled: drift, read noise, temperature.
     """
 
     def __init__(self, scale: float = 1.0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,14 @@ class Programmed(NamedTuple):
         weight: [columns, rows].
         output_scale: Factor on the tile's digital outputs, behind its ADC; a drift compensation
             chooses it once for the whole tile.
+        disturbances: What the array does to its outputs, before the ADC: each is called with inputs
+            [T, rows] as fractions of the DAC's range and weights [columns, rows] as fractions of
+            the column's full scale, and gives what is added to their product [T, columns].
     """
 
     weight: Tensor
     output_scale: float = 1.0
+    disturbances: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
 
 
 def program_tiles(

@@ -1,12 +1,14 @@
-"""How recipes name a noise model: ``"pcm"``, ``"gaussian:0.02"``, ``"hermes@1d"``, a mapping."""
+"""How noise models are named: ``"pcm"``, ``"gaussian:0.02"``, ``"hermes+stuck@1d"``, a mapping."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, shown
+from analog_plugin.noise.chain import NoiseChain
 from analog_plugin.noise.programming import parse_time
 
 
@@ -14,43 +16,59 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
     """Return the noise model that ``noise`` names; None (or ``"none"``) means no noise.
 
     Args:
-        noise: A name, with its first argument behind a colon (``"pcm:1.5"``) and the time since
-            programming behind an @ (``"hermes@1d"``); a mapping of ``name`` and arguments; or an
-            object with ``program(weight, generator)``.
+        noise: A name, with its first argument behind a colon (``"pcm:1.5"``), the time since
+            programming behind an @ (``"hermes@1d"``) and faults behind a + (``"pcm+stuck:0.01"``);
+            a mapping of ``name``, arguments and, as a list, ``faults``; or an object with
+            ``program(weight, generator)``.
 
     Raises:
-        AnalogError: The name is unknown, or an argument does not fit.
+        AnalogError: A name is unknown, an argument does not fit, or a model cannot follow another.
 
     Example:
         >>> resolve_noise("gaussian:0.02").sigma
         0.02
     """
-    from analog_plugin.plugins import lookup, noise_models
-
     if noise is None or noise == "none":
         return None
     if hasattr(noise, "program") and not isinstance(noise, type):
         return noise
-    arguments: dict[str, Any] = {}
     if isinstance(noise, str):
-        name, value, time = _parts(noise)
-        arguments = {} if time is None else {"time": time}
-    elif isinstance(noise, Mapping) and isinstance(noise.get("name"), str):
-        arguments = {key: value for key, value in noise.items() if key != "name"}
-        name, value = noise["name"], None
-    else:
-        raise AnalogError(
-            f"noise is {noise!r}, but must be a name, name:level or a mapping with a name; write "
-            "noise: pcm or noise: {name: gaussian, sigma: 0.02}."
-        )
+        parts, time = _parts(noise)
+        times: list[dict[str, Any]] = [{} if time is None else {"time": time}]
+        times += [{}] * (len(parts) - 1)  # faults know none
+        made = [_model(*part, given, noise) for part, given in zip(parts, times, strict=True)]
+        return made[0] if len(made) == 1 else NoiseChain(made, [name for name, _ in parts])
+    if isinstance(noise, Mapping) and isinstance(noise.get("name"), str):
+        arguments = {key: value for key, value in noise.items() if key not in ("name", "faults")}
+        model, faults = _model(noise["name"], None, arguments, noise), noise.get("faults", ())
+        if isinstance(faults, str) or not isinstance(faults, Sequence):
+            raise AnalogError(
+                f"faults is {shown(faults)}, but must be a list of noise models that follow "
+                f"{noise['name']}; write faults: [stuck:0.001]."
+            )
+        if not faults:
+            return model
+        names = [noise["name"], *map(noise_label, faults)]
+        return NoiseChain([model, *map(resolve_noise, faults)], names)
+    raise AnalogError(
+        f"noise is {noise!r}, but must be a name, name:level or a mapping with a name; write "
+        "noise: pcm or noise: {name: gaussian, sigma: 0.02}."
+    )
+
+
+def _model(name: str, level: str | None, arguments: Mapping[str, Any], said: Any) -> Any:
+    """The noise model ``name`` with these arguments, its first one from the text ``level``."""
+    from analog_plugin.plugins import lookup, noise_models
+
     factory = lookup(noise_models(), name, "noise model").factory
     parameters = list(inspect.signature(factory).parameters)
-    if value is not None:
+    arguments = dict(arguments)
+    if level is not None:
         try:
-            arguments[parameters[0]] = float(value)
+            arguments[parameters[0]] = float(level)
         except (ValueError, IndexError):
             raise AnalogError(
-                f"noise {noise!r} has the level {value!r}, which is not a number; write {name}:1.5."
+                f"noise {said!r} has the level {level!r}, which is not a number; write {name}:1.5."
             ) from None
     for key in arguments:
         if key not in parameters:
@@ -96,12 +114,12 @@ def at_times(
 
 
 class NoiseName(NamedTuple):
-    """The parts of a label such as ``"hermes:1.5@1h"``.
+    """The parts of a label such as ``"hermes:1.5@1h"`` or ``"pcm+stuck:0.01"``.
 
     Args:
-        name: The noise model.
-        level: What stands behind the colon, else its first argument's default; None where that is
-            no number.
+        name: All but what follows.
+        level: What stands behind the last model's colon, else its first argument's default; None
+            where that is no number.
         time: Seconds since programming; None: as programmed.
     """
 
@@ -119,8 +137,12 @@ def split_label(label: str) -> NoiseName:
     """
     from analog_plugin.plugins import noise_models
 
-    name, said, time = _parts(label)
-    known = noise_models().get(name)
+    try:
+        parts, time = _parts(label)
+    except AnalogError:  # a stranger's model may be named in another way
+        return NoiseName(label, None, None)
+    *before, (last, said) = parts
+    known = noise_models().get(last)
     if said is None and known is not None:
         first = next(iter(inspect.signature(known.factory).parameters.values()), None)
         said = None if first is None else first.default
@@ -128,17 +150,31 @@ def split_label(label: str) -> NoiseName:
         level = float(said)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         level = None
+    name = "+".join([*(n if v is None else f"{n}:{v}" for n, v in before), last])
     try:
         return NoiseName(name, level, parse_time(time))
-    except AnalogError:  # a stranger's model may tell times in another way
+    except AnalogError:  # and tell times so
         return NoiseName(name, level, None)
 
 
-def _parts(text: str) -> tuple[str, str | None, str | None]:
-    """Name, level and time of ``"name:level@time"``; None for what is not there."""
-    rest, at, time = text.partition("@")
-    name, colon, level = rest.partition(":")
-    return name, level if colon else None, time if at else None
+def _parts(text: str) -> tuple[list[tuple[str, str | None]], str | None]:
+    """Name and level of each model of ``"name:level+name:level@time"``, and the time.
+
+    None stands for what is not there.
+
+    Raises:
+        AnalogError: There are two times.
+    """
+    parts: list[tuple[str, str | None]] = []
+    times: list[str] = []
+    for part in re.split(r"\+(?=[^\W\d])", text):  # the + of 1e+3 stands before a digit
+        rest, at, time = part.partition("@")
+        name, colon, level = rest.partition(":")
+        parts.append((name, level if colon else None))
+        times += [time] if at else []
+    if len(times) > 1:
+        raise AnalogError(f"noise {text!r} has {len(times)} times; write one: hermes+stuck@1d.")
+    return parts, times[0] if times else None
 
 
 def noise_label(noise: str | Mapping[str, Any] | Any | None) -> str:

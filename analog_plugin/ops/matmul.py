@@ -7,6 +7,7 @@ semantics of aihwkit-lightning 2.1.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -32,6 +33,8 @@ class MatmulContext:
         dtype: Type of the matrix products; None: the weight's.
         keep: Whether to keep what a backward needs.
         sampled: Draw noise from torch's global generator (``noise`` is then None).
+        disturbances: Of each tile, what changes its outputs before the ADC; none: an empty list.
+            See :class:`~analog_plugin.noise.Programmed`. No gradient passes through them.
     """
 
     scheme: AnalogScheme
@@ -42,6 +45,7 @@ class MatmulContext:
     clip_counts: Tensor | None = None
     dtype: torch.dtype | None = None
     keep: bool = field(default_factory=torch.is_grad_enabled)
+    disturbances: Sequence[Sequence[Callable[[Tensor, Tensor], Tensor]]] = ()
     bounds: list[tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,6 +132,9 @@ class _AnalogMatmul(torch.autograd.Function):
         out, saturated = None, []
         for k, (start, end) in enumerate(context.bounds):
             block = inputs[:, start:end] @ noisy[:, start:end].t()
+            if context.disturbances and context.disturbances[k]:
+                tile = inputs[:, start:end], noisy[:, start:end], column_max[k]
+                block = _disturb(block, *tile, scheme, context.disturbances[k])
             if scheme.output_bits is not None:
                 assert scheme.out_bound is not None  # a layer refuses to run without
                 block, mask = _convert_outputs(block, column_max[k], full, scheme, training)
@@ -253,6 +260,26 @@ def _count_clipped(context: MatmulContext, k: int, index: Tensor, width: int, to
     else:
         context.clip_counts[k, 0] += context.row_mask[index // width].sum()
         context.clip_counts[k, 1] += context.row_mask.sum() * width
+
+
+def _disturb(
+    block: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    column_max: Tensor,
+    scheme: AnalogScheme,
+    disturbances: Sequence[Callable[[Tensor, Tensor], Tensor]],
+) -> Tensor:
+    """Products [T, out] of one tile with what its array does to them, computed in fp32."""
+    if scheme.input_bits is not None and scheme.input_levels is not None:
+        full = inputs.new_tensor(scheme.input_levels / 2.0 ** (scheme.input_bits - 1))
+    else:
+        full = inputs.abs().amax(1, keepdim=True)
+    full, peak = full.float(), column_max.float()
+    x = inputs.float() / full.clamp_min(_TINY)
+    w = weight.float() / peak.clamp_min(_TINY)[:, None]
+    change = torch.stack([disturb(x, w) for disturb in disturbances]).sum(0)
+    return (block.float() + change * full * peak).to(block.dtype)
 
 
 def _convert_outputs(

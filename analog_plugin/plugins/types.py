@@ -19,7 +19,9 @@ class NoiseModel:
             as a tensor, or with a factor behind the tile's ADC as a
             :class:`~analog_plugin.noise.Programmed`. Where it has ``for_layer(weight)``, that gives
             the model of one layer's tiles. Where it can be read some time after programming, its
-            factory takes ``time``, and it has that as an attribute (None: as programmed).
+            factory takes ``time``, and it has that as an attribute (None: as programmed). A fault
+            that can stand behind another model has ``follow(made, weight, generator)``; see
+            :class:`~analog_plugin.noise.NoiseChain`.
         summary: One line for help texts.
     """
 

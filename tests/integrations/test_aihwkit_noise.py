@@ -13,7 +13,9 @@ from aihwkit.inference import (
 )
 from aihwkit.inference.noise.hermes import HermesNoiseModel
 from aihwkit.nn import AnalogLinear as AihwkitLinear
-from aihwkit.simulator.configs import TorchInferenceRPUConfig
+from aihwkit.simulator.configs import SingleRPUConfig, TorchInferenceRPUConfig
+from aihwkit.simulator.configs.devices import ConstantStepDevice
+from aihwkit.simulator.tiles import AnalogTile as AihwkitTile
 from scipy.stats import ks_2samp
 from torch import nn
 
@@ -211,3 +213,31 @@ def test_without_aihwkit_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "aihwkit", None)
     with pytest.raises(AnalogError, match=r"pip install --no-deps aihwkit==1\.1\.0"):
         resolve_noise("hermes")
+
+
+def test_stuck_weights_are_distributed_as_aihwkit_s_corrupt_devices():
+    device = ConstantStepDevice(
+        corrupt_devices_prob=0.3, corrupt_devices_range=1.0, w_min=-1, w_max=1, w_min_dtod=0,
+        w_max_dtod=0,
+    )  # fmt: skip
+    tile = AihwkitTile(COLUMNS, ROWS, SingleRPUConfig(device=device))
+    bounds = tile.get_hidden_parameters()
+    corrupt = bounds["min_bound"] == bounds["max_bound"]
+    weight = weights()
+    (made,) = program_tiles(resolve_noise("stuck:0.3"), weight, [ROWS], generator())
+    stuck = made.weight != weight
+    assert float(stuck.float().mean()) == pytest.approx(float(corrupt.float().mean()), abs=0.01)
+    unit = (made.weight / weight.abs().amax(1, keepdim=True))[stuck]
+    assert ks_2samp(unit.numpy(), bounds["min_bound"][corrupt].numpy()).pvalue > 1e-3
+
+
+def test_stuck_devices_of_a_drifting_chip_stay_stuck():
+    weight = weights(40)
+    (now,), (later,), (alone,) = (
+        program_tiles(resolve_noise(name), weight, [ROWS], generator())
+        for name in ("hermes+stuck:0.2@1s", "hermes+stuck:0.2@1y", "hermes@1y")
+    )
+    stuck = later.weight != alone.weight
+    assert float(stuck.float().mean()) == pytest.approx(0.2, abs=0.02)
+    assert torch.equal(now.weight[stuck], later.weight[stuck])
+    assert later.output_scale == alone.output_scale

@@ -245,8 +245,8 @@ def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int)
     parser.add_argument(
         "--noise",
         action="append",
-        help="noise model, also with levels: gaussian:0.01,0.02; give it several times for "
-        "several (default: pcm)",
+        help="noise model, also with levels, gaussian:0.01,0.02, or faults, pcm+stuck:0.001; give "
+        "it several times for several (default: pcm)",
     )
     parser.add_argument(
         "--time",
@@ -283,7 +283,7 @@ def _levels(noise: str) -> list[str]:
         if re.fullmatch(r"[\d.eE+-]+(@.*)?", part) and name:
             found.append(f"{name}:{part}")
         else:
-            name = part.partition("@")[0].partition(":")[0]
+            name = re.sub(r":[^:+]*$", "", part.partition("@")[0])
             found.append(part)
     return found
 
