@@ -10,7 +10,6 @@ from typing import Any
 
 from analog_plugin.errors import require
 from analog_plugin.evaluation.noise import NoiseReport
-from analog_plugin.evaluation.sensitivity import SensitivityReport
 from analog_plugin.evaluation.tables import TITLES, Summary
 from analog_plugin.noise.programming import SECONDS
 from analog_plugin.noise.specification import NoiseName, split_label
@@ -45,36 +44,6 @@ def names_as_they_are() -> Iterator[None]:
 def legend(axis: Any, lines: Mapping[str, Any]) -> None:
     """A legend of lines by name; matplotlib's own leaves out names that begin with ``_``."""
     axis.legend(lines.values(), lines.keys(), fontsize=7, frameon=False)
-
-
-def heat_map(report: SensitivityReport, part: str = "all") -> Any:
-    """KL of every layer alone, by block and kind, as :func:`analyze_sensitivity` measured it.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    values: dict[tuple[int, str], float] = {}
-    for row in report.rows:
-        if row.part == part:
-            numbers = [int(word) for word in row.name.split(".") if word.isdigit()]
-            values[numbers[0] if numbers else -1, row.name.rpartition(".")[2]] = row.kl
-    blocks = sorted({block for block, _ in values})
-    kinds = list(dict.fromkeys(kind for _, kind in sorted(values)))
-    table = [[values.get((block, kind), math.nan) for kind in kinds] for block in blocks]
-    with names_as_they_are():
-        figure, axis = axes("KL when one layer alone is analog (nats)", 1.2 + 0.16 * len(blocks))
-        positive = [value for line in table for value in line if value > 0]
-        from matplotlib.colors import LogNorm
-
-        norm = LogNorm(min(positive), max(positive)) if positive else None
-        shown = axis.imshow(table, aspect="auto", cmap="viridis", norm=norm)
-        axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=7)
-        names = ["–" if block < 0 else str(block) for block in blocks]
-        axis.set_yticks(range(len(blocks)), names, fontsize=6)
-        axis.set_ylabel("block", fontsize=8, color=MUTED)
-        axis.grid(False)
-        figure.colorbar(shown, ax=axis).ax.tick_params(labelsize=7)
-    return figure
 
 
 def _figures(reports: Mapping[str, NoiseReport]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from analog_plugin.evaluation.distributions import BINS, Distributions
+from analog_plugin.evaluation.layer_plots import range_maps, sensitivity_map, weight_figure
 from analog_plugin.evaluation.noise import NoiseReport
-from analog_plugin.evaluation.plots import figures, heat_map, svg
+from analog_plugin.evaluation.plots import figures, svg
 from analog_plugin.evaluation.sensitivity import SensitivityReport
 from analog_plugin.evaluation.tables import (
     TITLES,
@@ -43,13 +46,20 @@ _TITLES = {
     "level": "Against the noise level",
     "time": "Over time",
     "sensitivity": "Layer by layer",
+    "weights": "Weights on their devices",
+    "ranges": "Input ranges",
 }
 _SAID = {
     "seeds": "One point is one noise seed, that is one chip; the bar is their mean.",
     "level": "Mean over seeds, the band its 95 % confidence interval; dotted: from no noise.",
     "time": "The same devices read later; the band is the 95 % confidence interval over seeds.",
     "sensitivity": "KL to the digital model when one layer alone is analog, under one noise seed.",
+    "weights": "Of all analog layers, without noise. A column's largest weight has the full "
+    "conductance: the further right the others are, the smaller is noise beside them.",
+    "ranges": "What the DAC of a layer can take, in the units of its inputs. White: digital.",
 }
+#: Figures that are one a model, whose name stands below.
+_BY_MODEL = ("sensitivity", "ranges")
 
 
 def write_report(
@@ -59,8 +69,12 @@ def write_report(
     title: str,
     notes: Sequence[str] = (),
     sensitivity: Mapping[str, SensitivityReport] | None = None,
+    distributions: Mapping[str, Distributions] | None = None,
 ) -> str:
     """Write ``report.html``, ``table.md``, ``table.csv`` and each figure as PNG.
+
+    With ``distributions`` also ``weights.csv`` and ``ranges.csv``, with ``sensitivity`` also
+    ``sensitivity.csv``.
 
     Args:
         reports: By model, in the order of the table; differences are to the first.
@@ -68,6 +82,7 @@ def write_report(
         title: Of the page.
         notes: Sentences on what was measured.
         sensitivity: Layer by layer, for some of the models.
+        distributions: Weights and input ranges, for some of the models.
 
     Returns:
         The tables as Markdown.
@@ -84,9 +99,17 @@ def write_report(
     text += "\n" + " ".join(said) + "\n"
     (directory / "table.md").write_text(text, encoding="utf-8")
     (directory / "table.csv").write_text(comma_separated(table + differences), encoding="utf-8")
-    made = figures(reports) | {
-        f"sensitivity-{model}": heat_map(found) for model, found in (sensitivity or {}).items()
-    }
+    made = figures(reports)
+    if sensitivity:
+        made |= {f"sensitivity-{name}": sensitivity_map(r) for name, r in sensitivity.items()}
+        layers = [
+            (name, row.name, row.part, row.kl) for name, r in sensitivity.items() for row in r.rows
+        ]
+        _write_csv(directory / "sensitivity.csv", ("model", "layer", "part", "kl"), layers)
+    if distributions:
+        made["weights"] = weight_figure(distributions)
+        made |= {f"ranges-{name}": figure for name, figure in range_maps(distributions).items()}
+        _write_distributions(directory, distributions)
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes)]
     parts += ["<h2>Figures of merit</h2>", _table(table)]
     for kind in _TITLES:
@@ -99,7 +122,7 @@ def write_report(
             figure.savefig(directory / f"{file_name(name)}.png", dpi=160)
             label = html.escape(name, quote=True)
             caption = f"<figcaption>{html.escape(name.partition('-')[2])}</figcaption>"
-            shown = svg(figure, name) + (caption if kind == "sensitivity" else "")
+            shown = svg(figure, name) + (caption if kind in _BY_MODEL else "")
             parts.append(f'<figure role="img" aria-label="{label}">{shown}</figure>')
         parts.append("</div>")
     if differences:
@@ -112,6 +135,27 @@ def write_report(
     parts.append(f'<p class="muted">{html.escape(said[-1])}</p>')
     (directory / "report.html").write_text(page(title, parts), encoding="utf-8")
     return text
+
+
+def _write_distributions(directory: Path, found: Mapping[str, Distributions]) -> None:
+    weights = [
+        (name, i / BINS, (i + 1) / BINS, share)
+        for name, each in found.items()
+        for i, share in enumerate(each.weights)
+    ]
+    ranges = [
+        (name, layer, tile, value)
+        for name, each in found.items()
+        for layer, values in each.ranges.items()
+        for tile, value in enumerate(values)
+    ]
+    _write_csv(directory / "weights.csv", ("model", "from", "to", "share"), weights)
+    _write_csv(directory / "ranges.csv", ("model", "layer", "tile", "range"), ranges)
+
+
+def _write_csv(path: Path, head: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *lines])
 
 
 def _table(table: Sequence[Row]) -> str:

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from analog_plugin.evaluation.layer_plots import sensitivity_map
 from analog_plugin.evaluation.noise import NoiseCell, NoiseReport
-from analog_plugin.evaluation.plots import duration, figures, heat_map
+from analog_plugin.evaluation.plots import duration, figures
 from analog_plugin.evaluation.report import write_report
 from analog_plugin.evaluation.sensitivity import Sensitivity, SensitivityReport
 from analog_plugin.noise.specification import split_label
@@ -147,7 +148,7 @@ def test_a_map_of_layers_is_drawn(tmp_path):
     write_report(reports(), tmp_path, title="x", sensitivity={"a & b": report})
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<figcaption>a &amp; b</figcaption>" in page and "Layer by layer" in page
-    (axis, _) = heat_map(report).axes
+    (axis, _) = sensitivity_map(report).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["–", "0", "1", "2"]
     kinds = [label.get_text() for label in axis.get_xticklabels()]
     assert kinds == ["lm_head", "down_proj", "q_proj"]

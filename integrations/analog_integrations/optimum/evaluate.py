@@ -17,6 +17,7 @@ from analog_plugin.data.limits import check_sequence_length, check_token_ids
 from analog_plugin.demo import resolve_model
 from analog_plugin.errors import AnalogError, require
 from analog_plugin.evaluation import NoiseReport
+from analog_plugin.evaluation.distributions import describe_models
 from analog_plugin.evaluation.report import write_report
 from analog_plugin.evaluation.sensitivity import SensitivityReport
 from analog_plugin.evaluation.sweep import SweepModel, layer_by_layer, sweep
@@ -131,13 +132,17 @@ def main_evaluate(
     notes = [f"Measured on {blocks} blocks of {length} tokens of {corpus}, in {dtype}."]
     if original is not None:
         notes.append(f"KL and top-1 are to {original}.")
+    programmable = {n: entry(named[n], kind) for n, kind in kinds.items() if kind != "quantized"}
+    described = describe_models(programmable, output, overwrite=overwrite)
     layers: dict[str, SensitivityReport] = {}
     if sensitivity:
-        analog = {n: entry(named[n], kind) for n, kind in kinds.items() if kind == "analog"}
+        analog = {n: model for n, model in programmable.items() if kinds[n] == "analog"}
         first_noise = noises[1] if noises[1:] else None
         layers = layer_by_layer(analog, tokens[:2], first_noise, output, overwrite=overwrite)
     title = f"{', '.join(named)} under hardware noise"
-    text = write_report(reports, output, title=title, notes=notes, sensitivity=layers)
+    text = write_report(
+        reports, output, title=title, notes=notes, sensitivity=layers, distributions=described
+    )
     print(f"\n{text}\nWritten to {output}; the page is {Path(output) / 'report.html'}.")
     return reports
 
