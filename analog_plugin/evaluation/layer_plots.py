@@ -11,18 +11,23 @@ from analog_plugin.evaluation.plots import COLOURS, MUTED, axes, legend, names_a
 from analog_plugin.evaluation.sensitivity import SensitivityReport
 
 
-def sensitivity_map(report: SensitivityReport, part: str = "all") -> Any:
+def sensitivity_maps(found: Mapping[str, SensitivityReport], part: str = "all") -> dict[str, Any]:
     """KL of every layer alone, by block and kind, as :func:`analyze_sensitivity` measured it.
+
+    One figure a model, all with the same colours.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    values = {row.name: row.kl for row in report.rows if row.part == part}
-    return _heat_map(values, "KL when one layer alone is analog (nats)", _limits(values))
+    values = {
+        model: {row.name: row.kl for row in report.rows if row.part == part}
+        for model, report in found.items()
+    }
+    return _heat_maps(values, "KL when one layer alone is analog (nats)")
 
 
 def range_maps(found: Mapping[str, Distributions]) -> dict[str, Any]:
-    """The input ranges of each model that has some, by block and kind, in the same colours.
+    """The input ranges of each model that has some, by block and kind, with the same colours.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -32,9 +37,7 @@ def range_maps(found: Mapping[str, Distributions]) -> dict[str, Any]:
         for model, each in found.items()
         if each.ranges
     }
-    limits = _limits({(m, n): r for m, each in largest.items() for n, r in each.items()})
-    title = "input range, of the layer's widest tile"
-    return {model: _heat_map(values, title, limits) for model, values in largest.items()}
+    return _heat_maps(largest, "input range, of the layer's widest tile")
 
 
 def weight_figure(found: Mapping[str, Distributions]) -> Any:
@@ -60,9 +63,10 @@ def weight_figure(found: Mapping[str, Distributions]) -> Any:
     return figure
 
 
-def _limits(values: Mapping[Any, float]) -> tuple[float, float] | None:
-    positive = [value for value in values.values() if value > 0]
-    return (min(positive), max(positive)) if positive else None
+def _heat_maps(models: Mapping[str, Mapping[str, float]], title: str) -> dict[str, Any]:
+    positive = [value for values in models.values() for value in values.values() if value > 0]
+    limits = (min(positive), max(positive)) if positive else None
+    return {model: _heat_map(values, title, limits) for model, values in models.items()}
 
 
 def _heat_map(values: Mapping[str, float], title: str, limits: tuple[float, float] | None) -> Any:

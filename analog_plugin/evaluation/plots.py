@@ -115,9 +115,10 @@ def _dots(reports: Mapping[str, NoiseReport], labels: Sequence[str], metric: str
         mean = sum(points) / len(points)
         axis.scatter(points, [row] * len(points), s=12, color=colour, alpha=0.45, lw=0)
         axis.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, lw=2)
+        said = "0" if abs(mean) < 1e-6 else f"{mean:.3g}"  # KL to itself is rounding
         axis.annotate(
-            f"{mean:.3g}", (max(points), row), xytext=(6, -3), textcoords="offset points",
-            fontsize=7, color=INK,
+            said, (max(points), row), xytext=(6, -3), textcoords="offset points", fontsize=7,
+            color=INK,
         )  # fmt: skip
     words = {"none": "no noise"}
     shown = [f"{model}, {words.get(noise, noise)}" for noise, model, _ in lines]

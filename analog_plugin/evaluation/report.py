@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from analog_plugin.evaluation.distributions import BINS, Distributions
-from analog_plugin.evaluation.layer_plots import range_maps, sensitivity_map, weight_figure
+from analog_plugin.evaluation.layer_plots import range_maps, sensitivity_maps, weight_figure
 from analog_plugin.evaluation.noise import NoiseReport
 from analog_plugin.evaluation.plots import figures, svg
 from analog_plugin.evaluation.sensitivity import SensitivityReport
@@ -30,15 +30,17 @@ p, li { max-width: 44rem; } .muted { color: var(--muted); font-size: .9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
+  white-space: nowrap; vertical-align: top; }
+th { white-space: normal; vertical-align: bottom; max-width: 9rem; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-td small { color: var(--muted); }
+td:first-child { white-space: normal; min-width: 8rem; }
+td small { color: var(--muted); display: block; }
 .figures { display: grid; gap: .5rem 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; } figcaption { color: var(--muted); font-size: .85rem; }
 figure svg { width: 100%; height: auto; display: block; }
-@media print { body { max-width: none; } figure, tr { break-inside: avoid; }
-  .wide { overflow: visible; } td, th { white-space: normal; } }
+@media print { body { max-width: none; font-size: 12px; } figure, tr { break-inside: avoid; }
+  h2, h2 + .muted { break-after: avoid; } .wide { overflow: visible; } }
 """
 
 _TITLES = {
@@ -101,7 +103,7 @@ def write_report(
     (directory / "table.csv").write_text(comma_separated(table + differences), encoding="utf-8")
     made = figures(reports)
     if sensitivity:
-        made |= {f"sensitivity-{name}": sensitivity_map(r) for name, r in sensitivity.items()}
+        made |= {f"sensitivity-{name}": f for name, f in sensitivity_maps(sensitivity).items()}
         layers = [
             (name, row.name, row.part, row.kl) for name, r in sensitivity.items() for row in r.rows
         ]
@@ -163,7 +165,8 @@ def _table(table: Sequence[Row]) -> str:
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in table:
         found.setdefault((row.model, row.noise), {})[row.metric] = row
-    head = "".join(f"<th>{html.escape(TITLES.get(m, m))}</th>" for m in metrics)
+    titles = (html.escape(TITLES.get(m, m)).replace("_", "_<wbr>") for m in metrics)
+    head = "".join(f"<th>{title}</th>" for title in titles)
     lines = []
     for (model, noise), cells in found.items():
         values = "".join(

@@ -128,6 +128,19 @@ def test_an_output_in_the_models_own_directory_is_resumed(model_directory, corpu
         assert (output / "cells.jsonl").read_bytes() == written
 
 
+def test_a_model_is_known_by_what_its_files_hold(model_directory, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    first = evaluate.identity(str(model))
+    for path in model.glob("*"):
+        os.utime(path, (1, 1))
+    (model / "notes.txt").write_text("mine")
+    assert evaluate.identity(str(model)) == evaluate.identity(str(model_directory)) == first
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")  # of the same size
+    assert evaluate.identity(str(model)) != first
+
+
 def test_hub_models_are_told_apart(monkeypatch):
     config = LlamaConfig()
     config._commit_hash = "abc"

@@ -198,23 +198,24 @@ def load_entry(source: str, kind: str, dtype: str, device: str) -> Any:
 
 
 def identity(source: str) -> str:
-    """What changes with the model: sizes and times of its files, or a hub id and its commit."""
+    """What changes with the model: a digest of its files, or a hub id and its commit."""
     directory = Path(resolve_model(source))
     if not directory.is_dir():
         commit = getattr(read_model_config(str(directory), source), "_commit_hash", None)
         return f"{source}@{commit}"
-    # Not all that may lie there: measurements of it, for instance.
-    files = [
-        path
-        for folder in (directory, directory / "analog")
-        for path in folder.glob("*")
-        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja")
-    ]
-    found = sorted(
-        f"{path.relative_to(directory)} {path.stat().st_size} {path.stat().st_mtime_ns}"
-        for path in files
-    )
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    # Not all that may lie there: measurements of it, for instance, or the time that it took.
+    for path in sorted(
+        path for folder in ("", "analog") for path in (directory / folder).glob("*")
+    ):
+        loaded = path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja")
+        if not loaded or path.name == "training.json":
+            continue
+        digest.update(f"{path.relative_to(directory)} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
