@@ -136,7 +136,7 @@ class CellRequest(NamedTuple):
 def noise_cells(
     noise: Sequence[str | Mapping[str, Any] | Any | None], seeds: int | Sequence[int]
 ) -> list[CellRequest]:
-    """All cells of an evaluation: each noise model under each seed.
+    """All cells of an evaluation: each noise model under each seed, or one if it draws nothing.
 
     Raises:
         AnalogError: A noise model is unknown, or there is no seed.
@@ -151,10 +151,14 @@ def noise_cells(
         CellRequest(noise_label(item), model, seed)
         for item in noise
         for model in (resolve_noise(item),)
-        for seed in (seeds if model is not None else (None,))
+        for seed in ((None,) if model is None else seeds[: None if _draws(model) else 1])
     ]
     # One that is named twice is no second chip.
     return list({(cell.label, cell.seed, id(cell.noise)): cell for cell in cells}.values())
+
+
+def _draws(noise: Any) -> bool:
+    return bool(getattr(noise, "random", True))
 
 
 def named_cells(

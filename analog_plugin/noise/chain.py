@@ -34,6 +34,7 @@ class NoiseChain:
                     "follow, as in pcm+stuck:0.001."
                 )
         self.models, self.names = list(models), list(names)
+        self.random = any(getattr(model, "random", True) for model in models)
         if hasattr(models[0], "time"):
             self.time = models[0].time
 

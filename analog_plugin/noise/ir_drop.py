@@ -28,6 +28,8 @@ class IRDrop:
             0.35 Ω and 5 µS.
     """
 
+    random = False
+
     def __init__(self, scale: float = 1.0, g_ratio: float = 1.0 / 0.35 / 5e-6) -> None:
         for name, value, low in (("scale", scale, 0), ("g_ratio", g_ratio, 1)):
             real = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -11,11 +11,12 @@ from analog_plugin.plugins.types import Evaluator, Exporter, LayerType, NoiseMod
 
 @hookimpl
 def analog_noise_models() -> Iterable[NoiseModel]:
-    """Gaussian noise, the paper's phase-change memory, and faults of an array."""
-    from analog_plugin.noise import GaussianNoise, IRDrop, PCMNoise, StuckDevices
+    """Gaussian noise, the paper's phase-change memory, rounding, and faults of an array."""
+    from analog_plugin.noise import GaussianNoise, IRDrop, PCMNoise, StuckDevices, WeightRounding
 
     yield NoiseModel("gaussian", GaussianNoise, "Gaussian, relative to the column's maximum")
     yield NoiseModel("pcm", PCMNoise, "phase-change memory, as in 'Analog Foundation Models'")
+    yield NoiseModel("rtn", WeightRounding, "weights rounded to nearest at 4 (or other) bits")
     yield NoiseModel("stuck", StuckDevices, "stuck devices, also behind others: pcm+stuck:0.001")
     yield NoiseModel("ir_drop", IRDrop, "IR drop of the wires, also behind others: pcm+ir_drop")
 

@@ -21,7 +21,8 @@ class NoiseModel:
             the model of one layer's tiles. Where it can be read some time after programming, its
             factory takes ``time``, and it has that as an attribute (None: as programmed). A fault
             that can stand behind another model has ``follow(made, weight, generator)``; see
-            :class:`~analog_plugin.noise.NoiseChain`.
+            :class:`~analog_plugin.noise.NoiseChain`. A model that draws nothing has ``random``
+            false: it is measured under the first seed alone.
         summary: One line for help texts.
     """
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from analog_plugin import AnalogError, AnalogLinear, AnalogScheme
-from analog_plugin.noise import GaussianNoise, PCMNoise, noise_label, resolve_noise
+from analog_plugin.evaluation.noise import noise_cells
+from analog_plugin.noise import GaussianNoise, PCMNoise, WeightRounding, noise_label, resolve_noise
 
 MODELS = {
     "gaussian": GaussianNoise(0.03),
@@ -15,6 +16,7 @@ MODELS = {
     "gaussian per tensor": GaussianNoise(0.03, per="tensor"),
     "pcm": PCMNoise(),
     "pcm, doubled": PCMNoise(2.0),
+    "rtn": WeightRounding(4),
 }
 each_model = pytest.mark.parametrize("noise", MODELS.values(), ids=MODELS.keys())
 
@@ -172,6 +174,9 @@ def test_a_mapping_is_left_as_it_was():
         ({"name": "gaussian", "sigma": "high"}, ["sigma is 'high'"]),
         ({"name": "gaussian", "per": "row"}, ["per is 'row'", "column, tile or tensor"]),
         ({"name": "pcm", "sigma": 1}, ["no argument 'sigma'", "it takes scale"]),
+        ("rtn:1", ["bits is 1.0", "2 to 16", "write rtn:4"]),
+        ("rtn:4.5", ["bits is 4.5"]),
+        ({"name": "rtn", "bits": True}, ["bits is True"]),
         ({"sigma": 1}, ["a mapping with a name"]),
         ({"name": 3}, ["a mapping with a name"]),
         (3, ["noise is 3", "write noise: pcm"]),
@@ -189,3 +194,22 @@ def test_a_form_that_resolves_to_nothing_says_what_to_write(form, words):
 def test_a_class_in_place_of_a_model_is_refused():
     with pytest.raises(AnalogError):
         resolve_noise(PCMNoise)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounded_weights_are_the_nearest_codes_of_their_column(bits):
+    weight = rows()
+    made = WeightRounding(bits).program(weight, generator())
+    step = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    codes = made / step
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+    assert bool(((made - weight).abs() <= step / 2 * (1 + 1e-5)).all())
+    torch.testing.assert_close(made.abs().amax(1), weight.abs().amax(1))
+
+
+@pytest.mark.parametrize("name", ["rtn:4", "ir_drop", "rtn+ir_drop"])
+def test_what_draws_nothing_is_measured_once(name):
+    cells = noise_cells([name, "pcm+ir_drop"], [3, 4])
+    assert [(cell.label, cell.seed) for cell in cells] == [
+        (name, 3), ("pcm+ir_drop", 3), ("pcm+ir_drop", 4)
+    ]  # fmt: skip
