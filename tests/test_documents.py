@@ -125,7 +125,7 @@ def test_every_setting_and_name_is_described():
     assert "sequence_length" in names
     names |= {record.name for record in [*builtin.analog_presets(), *builtin.analog_exporters()]}
     assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", text)] == []
-    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "noise-models.md").read_text(encoding="utf-8")
     noises = [record.name for record in builtin.analog_noise_models()]
     assert [name for name in noises if f"`{name}`" not in text] == []
 

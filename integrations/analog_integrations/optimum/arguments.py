@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 
 def add_place(parser: argparse.ArgumentParser, weights: str) -> None:
@@ -16,6 +17,30 @@ def add_place(parser: argparse.ArgumentParser, weights: str) -> None:
         choices=("float32", "bfloat16", "float16"),
         help=f"type of the {weights} (default: float32)",
     )
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--model`` and ``--recipe`` of a command that trains."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        required=True,
+        help="hub id, local directory, or demo:smollm2-135m-instruct",
+    )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        required=True,
+        help="llm-compressor recipe (YAML) with one AnalogModifier",
+    )
+
+
+def add_measurements(parser: argparse.ArgumentParser, kept: str) -> None:
+    """Declare ``--output`` and ``--overwrite`` of a command that keeps ``kept`` and goes on."""
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="directory of the measurements"
+    )
+    parser.add_argument("--overwrite", action="store_true", help=f"forget {kept} in OUTPUT")
 
 
 @contextlib.contextmanager

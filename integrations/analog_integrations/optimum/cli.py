@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from analog_integrations.optimum.arguments import add_place, errors_are_sentences
+from analog_integrations.optimum.arguments import add_place, add_source, errors_are_sentences
 
 _DESCRIPTION = """\
 Train a causal language model to survive analog in-memory computing hardware, and write a
@@ -52,18 +52,7 @@ class AnalogExportCommand(BaseOptimumCLICommand):
         parser.epilog = _EPILOG
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         parser.add_argument("output", type=Path, help="directory of the checkpoint, new or empty")
-        parser.add_argument(
-            "-m",
-            "--model",
-            required=True,
-            help="hub id, local directory, or demo:smollm2-135m-instruct",
-        )
-        parser.add_argument(
-            "--recipe",
-            type=Path,
-            required=True,
-            help="llm-compressor recipe (YAML) with one AnalogModifier",
-        )
+        add_source(parser)
         parser.add_argument(
             "--dataset",
             help="training text instead of the recipe's data: .txt, .jsonl, .parquet, a datasets "

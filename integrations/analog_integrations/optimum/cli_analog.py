@@ -8,7 +8,12 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from analog_integrations.optimum.arguments import add_place, errors_are_sentences
+from analog_integrations.optimum.arguments import (
+    add_measurements,
+    add_place,
+    add_source,
+    errors_are_sentences,
+)
 
 _EVALUATE = """\
 Measure models under hardware noise: perplexity, and KL and top-1 agreement with the full-precision
@@ -192,16 +197,8 @@ class AnalogAblateCommand(BaseOptimumCLICommand):
         parser.description = _ABLATE
         parser.epilog = _ABLATE_EXAMPLES
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.add_argument("-m", "--model", required=True, help="directory, hub id or demo:NAME")
-        parser.add_argument(
-            "--recipe",
-            type=Path,
-            required=True,
-            help="llm-compressor recipe (YAML) with one AnalogModifier",
-        )
-        parser.add_argument(
-            "-o", "--output", type=Path, required=True, help="directory of the measurements"
-        )
+        add_source(parser)
+        add_measurements(parser, "the runs")
         parser.add_argument(
             "--ingredients",
             action="append",
@@ -213,9 +210,6 @@ class AnalogAblateCommand(BaseOptimumCLICommand):
         )
         parser.add_argument("--steps", type=int, help="steps of a run (default: the recipe's)")
         add_place(parser, "trained weights")
-        parser.add_argument(
-            "--overwrite", action="store_true", help="forget the runs that are in OUTPUT"
-        )
 
     def run(self) -> None:
         """Run :func:`main_ablate`; a user's error is one sentence and exit status 1."""
@@ -239,9 +233,7 @@ class AnalogAblateCommand(BaseOptimumCLICommand):
 def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int) -> None:
     """Arguments of every command that measures models under noise."""
     parser.add_argument("models", nargs="+", metavar="model", help="directory, hub id or demo:NAME")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="directory of the measurements"
-    )
+    add_measurements(parser, "what was measured")
     parser.add_argument(
         "--noise",
         action="append",
@@ -261,9 +253,6 @@ def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int)
         help=f"blocks, questions or samples at once (default: {batch_size})",
     )
     add_place(parser, "weights")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="forget what was measured in OUTPUT"
-    )
 
 
 def _noises(given: list[str] | None) -> list[str]:
