@@ -272,7 +272,8 @@ def _disturb(
 ) -> Tensor:
     """Products [T, out] of one tile with what its array does to them, computed in fp32."""
     if scheme.input_bits is not None and scheme.input_levels is not None:
-        full = inputs.new_tensor(scheme.input_levels / 2.0 ** (scheme.input_bits - 1))
+        levels, codes = scheme.input_levels, 2.0 ** (scheme.input_bits - 1)
+        full = inputs.new_tensor(levels / codes, dtype=torch.float32)
     else:
         full = inputs.abs().amax(1, keepdim=True)
     full, peak = full.float(), column_max.float()
