@@ -25,7 +25,10 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 def shown(value: object) -> str:
     """The ``repr`` of something given, at moderate length."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a whole number of thousands of digits has no text
+        return f"a huge {type(value).__name__}"
 
 
 def one_line(error: BaseException) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from analog_plugin.evaluation.records import RecordFile
-from analog_plugin.evaluation.sweep import SweepModel
+from analog_plugin.evaluation.sweep import SweepModel, once_each
 from analog_plugin.layers import analog_layers
 from analog_plugin.ops.matmul import column_maximum
 
@@ -48,9 +47,10 @@ class Distributions:
                 weight.split(layer.tiles, dim=1), column_maximum(weight, layer.tiles), strict=True
             ):
                 used = peak > 0
-                share = (block[used].abs() / peak[used, None]).cpu()
-                counts += torch.histc(share, BINS, 0, 1).double()
-                total += float(share.double().sum())
+                # In doubles: histc in fp32 stops counting at 2**24.
+                share = (block[used].abs() / peak[used, None]).cpu().double()
+                counts += torch.histc(share, BINS, 0, 1)
+                total += float(share.sum())
             if layer.scheme.input_bits is not None and layer.scheme.input_range != "dynamic":
                 layer.require_ranges()
                 ranges[name] = layer.input_range.tolist()
@@ -64,6 +64,8 @@ class Distributions:
         if len(weights) != BINS:
             raise ValueError(f"there are {len(weights)} bins of weights instead of {BINS}")
         ranges = {str(n): [float(r) for r in found] for n, found in values["ranges"].items()}
+        if not all(ranges.values()):
+            raise ValueError("a layer has no tile")
         return cls(weights, float(values["mean"]), ranges)
 
 
@@ -77,14 +79,11 @@ def describe_models(
         output: Directory of ``distributions.jsonl``.
         overwrite: Forget what that holds.
     """
-    path = Path(output) / "distributions.jsonl"
-    file = RecordFile(path, {"bins": BINS}, Distributions.from_dict, overwrite)
-    found = {(r["model"], r["identity"]): r for r in file.records}
-    described = {}
-    for name, entry in models.items():
-        if (name, entry.identity) not in found:
-            made = asdict(Distributions.of(entry.load()))
-            file.add({"model": name, "identity": entry.identity} | made)
-            found[name, entry.identity] = file.records[-1]
-        described[name] = Distributions.from_dict(found[name, entry.identity])
-    return described
+    return once_each(
+        models,
+        Path(output) / "distributions.jsonl",
+        lambda model: asdict(Distributions.of(model)),
+        Distributions.from_dict,
+        settings={"bins": BINS},
+        overwrite=overwrite,
+    )

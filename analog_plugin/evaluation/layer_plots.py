@@ -69,12 +69,19 @@ def _heat_maps(models: Mapping[str, Mapping[str, float]], title: str) -> dict[st
     return {model: _heat_map(values, title, limits) for model, values in models.items()}
 
 
+def _place(name: str) -> tuple[int, str]:
+    """Block (-1: of none) and kind of a layer: what stands behind the block's number."""
+    words = name.split(".")
+    number = next((i for i, word in enumerate(words) if word.isdigit()), None)
+    return (-1, name) if number is None else (int(words[number]), ".".join(words[number + 1 :]))
+
+
 def _heat_map(values: Mapping[str, float], title: str, limits: tuple[float, float] | None) -> Any:
     """``values`` by the layer's name, over blocks and kinds; colours are logarithmic."""
-    placed: dict[tuple[int, str], float] = {}
-    for name, value in values.items():
-        numbers = [int(word) for word in name.split(".") if word.isdigit()]
-        placed[numbers[0] if numbers else -1, name.rpartition(".")[2]] = value
+    placed = {_place(name): value for name, value in values.items()}
+    short = {kind: kind.rpartition(".")[2] for _, kind in placed}
+    if len(set(short.values())) == len(short):  # GPT-2 has attn.c_proj and mlp.c_proj
+        placed = {(block, short[kind]): value for (block, kind), value in placed.items()}
     blocks = sorted({block for block, _ in placed})
     kinds = list(dict.fromkeys(kind for _, kind in sorted(placed)))
     table = [[placed.get((block, kind), math.nan) for kind in kinds] for block in blocks]

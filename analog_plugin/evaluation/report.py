@@ -57,7 +57,8 @@ _SAID = {
     "time": "The same devices read later; the band is the 95 % confidence interval over seeds.",
     "sensitivity": "KL to the digital model when one layer alone is analog, under one noise seed.",
     "weights": "Of all analog layers, without noise. A column's largest weight has the full "
-    "conductance: the further right the others are, the smaller is noise beside them.",
+    "conductance: the further right the others are, the smaller is noise beside them. Columns are "
+    "those of a model's own tiles (512 rows in full precision): longer ones have larger maxima.",
     "ranges": "What the DAC of a layer can take, in the units of its inputs. White: digital.",
 }
 #: Figures that are one a model, whose name stands below.

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from analog_plugin.modes import evaluation_mode
 from analog_plugin.noise import noise_label
 from analog_plugin.plugins.types import Evaluator
 from analog_plugin.progress import progress_bar
+
+Found = TypeVar("Found")
 
 #: The file of finished cells in an output directory.
 CELLS = "cells.jsonl"
@@ -157,18 +159,41 @@ def layer_by_layer(
         output: Directory of ``sensitivity.jsonl``.
         overwrite: Forget what that holds.
     """
-    settings = {"tokens": _digest(tokens), "noise": noise_label(noise)}
-    path = Path(output) / "sensitivity.jsonl"
-    file = RecordFile(path, settings, SensitivityReport.from_dict, overwrite)
-    found = {(r["model"], r["identity"]): r for r in file.records}
-    reports = {}
+    return once_each(
+        models,
+        Path(output) / "sensitivity.jsonl",
+        lambda model: analyze_sensitivity(model, tokens, noise=noise).to_dict(),
+        SensitivityReport.from_dict,
+        settings={"tokens": _digest(tokens), "noise": noise_label(noise)},
+        overwrite=overwrite,
+    )
+
+
+def once_each(
+    models: Mapping[str, SweepModel],
+    path: Path,
+    measure: Callable[[Any], Mapping[str, Any]],
+    read: Callable[[Mapping[str, Any]], Found],
+    *,
+    settings: Mapping[str, Any],
+    overwrite: bool,
+) -> dict[str, Found]:
+    """``read(measure(model))`` of each model; what the file at ``path`` holds is not measured."""
+
+    def check(record: dict[str, Any]) -> None:
+        str(record["model"] + record["identity"])
+        read(record)
+
+    file = RecordFile(path, settings, check, overwrite)
+    kept = {(r["model"], r["identity"]): r for r in file.records}
+    found = {}
     for name, entry in models.items():
-        if (name, entry.identity) not in found:
-            made = analyze_sensitivity(entry.load(), tokens, noise=noise).to_dict()
-            file.add({"model": name, "identity": entry.identity} | made)
-            found[name, entry.identity] = file.records[-1]
-        reports[name] = SensitivityReport.from_dict(found[name, entry.identity])
-    return reports
+        if (name, entry.identity) not in kept:
+            made = {"model": name, "identity": entry.identity} | dict(measure(entry.load()))
+            file.add(made)
+            kept[name, entry.identity] = made
+        found[name] = read(kept[name, entry.identity])
+    return found
 
 
 def _digest(tokens: Tensor) -> str:

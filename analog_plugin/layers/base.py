@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers.state import ForwardState, keyed_generator
 from analog_plugin.noise.programming import program_tiles
-from analog_plugin.ops.matmul import MatmulContext, analog_matmul, column_maximum
+from analog_plugin.ops.matmul import Disturbances, MatmulContext, analog_matmul, column_maximum
 from analog_plugin.ops.ranges import RangeInitializer
 from analog_plugin.scheme import AnalogScheme
 
@@ -27,8 +27,7 @@ class AnalogLayer(nn.Module):
         input_range: λ [n_tiles], an fp32 Parameter that stays fp32 when the model is cast.
         programmed_weight: [out, in] weights as programmed onto devices, or None.
         programmed_maximum: [K, out] column maxima that scale the ADC of programmed weights.
-        programmed_disturbances: Of each tile, what changes its outputs (IR drop); see
-            :class:`~analog_plugin.noise.Programmed`.
+        programmed_disturbances: Of each tile, what changes its outputs (IR drop), or None.
         plain_range: [1] range that plain loaders are given, or None: the largest tile's.
         name: The layer's name in its model; keys its noise.
         digital: While true there are neither converters nor training noise: a plain linear layer,
@@ -62,7 +61,7 @@ class AnalogLayer(nn.Module):
         counts = torch.zeros(len(self.tiles), 2, dtype=torch.int64, device=device)
         self.register_buffer("clip_counts", counts, persistent=False)
         self.register_buffer("range_batches", torch.zeros((), dtype=torch.int64, device=device))
-        self.programmed_disturbances: list[tuple[Callable[..., Tensor], ...]] = []
+        self.programmed_disturbances: list[Disturbances | None] = []
         self.name = ""
         self.state: ForwardState | None = None
         self.owns_range = True
@@ -86,7 +85,7 @@ class AnalogLayer(nn.Module):
         if self.digital:
             if not any(disturbances):
                 return nn.functional.linear(x, weight, self.bias)
-            scheme = scheme.replace(input_bits=None, output_bits=None)
+            scheme = scheme.replace(input_bits=None, output_bits=None, overrides=())
         else:
             if self.training:
                 self.initialize_ranges(x, row_mask)
@@ -122,12 +121,15 @@ class AnalogLayer(nn.Module):
             factors = [tile.output_scale for tile in made]
             blocks = [(t.weight * f).to(weight.dtype) for t, f in zip(made, factors, strict=True)]
             self.programmed_weight = torch.cat(blocks, dim=1)
+            maximum = column_maximum(weight, self.tiles)
+            full_scale = maximum * maximum.new_tensor(factors)[:, None]
+            self.programmed_maximum = full_scale
             if self.scheme.adc_bound == "noisy":  # as aihwkit-lightning does
                 self.programmed_maximum = column_maximum(self.programmed_weight, self.tiles)
-            else:
-                maximum = column_maximum(weight, self.tiles)
-                self.programmed_maximum = maximum * maximum.new_tensor(factors)[:, None]
-            self.programmed_disturbances = [tile.disturbances for tile in made]
+            self.programmed_disturbances = [
+                Disturbances(tile.disturbances, scale) if tile.disturbances else None
+                for tile, scale in zip(made, full_scale, strict=True)
+            ]
 
     def restore(self) -> None:
         """Forget the programmed weights; the clean ones were never touched."""

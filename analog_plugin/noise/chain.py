@@ -46,9 +46,7 @@ class NoiseChain:
     def program(self, weight: Tensor, generator: torch.Generator) -> Programmed:
         """One tile's weights [columns, rows] as all models together leave them."""
         first, *faults = self.models
-        made = first.program(weight, generator)
-        if not isinstance(made, Programmed):
-            made = Programmed(made)
+        made = Programmed.of(first.program(weight, generator))
         for fault in faults:
             made = fault.follow(made, weight, generator)
         return made

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, shown
 
 
 class GaussianNoise:
@@ -27,12 +27,13 @@ class GaussianNoise:
     ) -> None:
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 <= sigma < 10:
             raise AnalogError(
-                f"gaussian: sigma is {sigma!r}, but must be a number from 0 to below 10; write "
-                "gaussian:0.03."
+                f"gaussian: sigma is {shown(sigma)}, but must be a number from 0 to below 10; "
+                "write gaussian:0.03."
             )
-        if per not in ("column", "tile", "tensor"):
+        if not isinstance(per, str) or per not in ("column", "tile", "tensor"):
             raise AnalogError(
-                f"gaussian: per is {per!r}, but must be column, tile or tensor; write per: column."
+                f"gaussian: per is {shown(per)}, but must be column, tile or tensor; write "
+                "per: column."
             )
         self.sigma, self.per = float(sigma), per
         self._peak: Tensor | None = None

@@ -25,18 +25,18 @@ class IRDrop:
     Args:
         scale: Factor on the loss; 1 is the wire.
         g_ratio: Conductance of the wire from one cell to the next over a device's largest: here
-            0.35 Ω and 5 µS.
+            0.35 Ω and 5 µS, whatever device model stands before it.
     """
 
     random = False
 
     def __init__(self, scale: float = 1.0, g_ratio: float = 1.0 / 0.35 / 5e-6) -> None:
-        for name, value, low in (("scale", scale, 0), ("g_ratio", g_ratio, 1)):
+        for name, value, low, usual in (("scale", scale, 0, 1), ("g_ratio", g_ratio, 1, 571_000)):
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (real and low <= value < 1e12):
                 raise AnalogError(
-                    f"ir_drop: {name} is {shown(value)}, but must be a number from {low}; write "
-                    "ir_drop:1."
+                    f"ir_drop: {name} is {shown(value)}, but must be a number from {low} to below "
+                    f"1e12; write {name}: {usual}."
                 )
         self.scale, self.g_ratio = float(scale), float(g_ratio)
 

@@ -30,6 +30,11 @@ class Programmed(NamedTuple):
     output_scale: float = 1.0
     disturbances: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
 
+    @classmethod
+    def of(cls, made: Tensor | Programmed) -> Programmed:
+        """What a noise model's ``program`` gave."""
+        return made if isinstance(made, Programmed) else cls(made)
+
 
 def program_tiles(
     noise: Any, weight: Tensor, tiles: Sequence[int], generator: torch.Generator
@@ -44,8 +49,8 @@ def program_tiles(
     """
     if hasattr(noise, "for_layer"):
         noise = noise.for_layer(weight)
-    made = [noise.program(block, generator) for block in weight.split(list(tiles), dim=1)]
-    return [tile if isinstance(tile, Programmed) else Programmed(tile) for tile in made]
+    blocks = weight.split(list(tiles), dim=1)
+    return [Programmed.of(noise.program(block, generator)) for block in blocks]
 
 
 def parse_time(time: float | str | None) -> float | None:

@@ -28,7 +28,7 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
         >>> resolve_noise("gaussian:0.02").sigma
         0.02
     """
-    if noise is None or noise == "none":
+    if noise is None or (isinstance(noise, str) and noise == "none"):
         return None
     if hasattr(noise, "program") and not isinstance(noise, type):
         return noise
@@ -40,20 +40,26 @@ def resolve_noise(noise: str | Mapping[str, Any] | Any | None) -> Any | None:
         return made[0] if len(made) == 1 else NoiseChain(made, [name for name, _ in parts])
     if isinstance(noise, Mapping) and isinstance(noise.get("name"), str):
         arguments = {key: value for key, value in noise.items() if key not in ("name", "faults")}
-        model, faults = _model(noise["name"], None, arguments, noise), noise.get("faults", ())
-        if isinstance(faults, str) or not isinstance(faults, Sequence):
+        model, faults = _model(noise["name"], None, arguments, noise), noise.get("faults", [])
+        if not (isinstance(faults, (list, tuple)) and all(map(_is_one_model, faults))):
             raise AnalogError(
-                f"faults is {shown(faults)}, but must be a list of noise models that follow "
-                f"{noise['name']}; write faults: [stuck:0.001]."
+                f"faults is {shown(faults)}, but must be a list of single noise models that follow "
+                f"{noise['name']}; write faults: [stuck:0.001, ir_drop]."
             )
         if not faults:
             return model
         names = [noise["name"], *map(noise_label, faults)]
         return NoiseChain([model, *map(resolve_noise, faults)], names)
     raise AnalogError(
-        f"noise is {noise!r}, but must be a name, name:level or a mapping with a name; write "
+        f"noise is {shown(noise)}, but must be a name, name:level or a mapping with a name; write "
         "noise: pcm or noise: {name: gaussian, sigma: 0.02}."
     )
+
+
+def _is_one_model(fault: Any) -> bool:
+    if isinstance(fault, str):
+        return fault != "none" and len(_parts(fault)[0]) == 1
+    return isinstance(fault, Mapping) and "faults" not in fault
 
 
 def _model(name: str, level: str | None, arguments: Mapping[str, Any], said: Any) -> Any:
@@ -68,7 +74,8 @@ def _model(name: str, level: str | None, arguments: Mapping[str, Any], said: Any
             arguments[parameters[0]] = float(level)
         except (ValueError, IndexError):
             raise AnalogError(
-                f"noise {said!r} has the level {level!r}, which is not a number; write {name}:1.5."
+                f"noise {shown(said)} has the level {level!r}, which is not a number; write "
+                f"{name}:1.5."
             ) from None
     for key in arguments:
         if key not in parameters:
@@ -76,6 +83,26 @@ def _model(name: str, level: str | None, arguments: Mapping[str, Any], said: Any
                 f"noise model {name!r} has no argument {key!r}; it takes {', '.join(parameters)}."
             )
     return factory(**arguments)
+
+
+def split_list(text: str) -> list[str]:
+    """The noise models of a list with commas; a number alone is another level of the one before.
+
+    Example:
+        >>> split_list("gaussian:0.01,0.02,hermes@1h+stuck:0.1,0.2")
+        ['gaussian:0.01', 'gaussian:0.02', 'hermes@1h+stuck:0.1', 'hermes+stuck:0.2@1h']
+    """
+    found: list[str] = []
+    for part in text.split(","):
+        if found and re.fullmatch(r"[\d.][\d.eE+-]*(@.*)?", part):
+            level, at, later = part.partition("@")
+            parts, time = _parts(found[-1])
+            parts[-1] = (parts[-1][0], level)
+            time = later if at else time
+            found.append(_joined(parts) + ("" if time is None else f"@{time}"))
+        else:
+            found.append(part)
+    return found
 
 
 def at_times(
@@ -137,6 +164,8 @@ def split_label(label: str) -> NoiseName:
     """
     from analog_plugin.plugins import noise_models
 
+    if "(" in label:  # of a mapping
+        return NoiseName(label, None, None)
     try:
         parts, time = _parts(label)
     except AnalogError:  # a stranger's model may be named in another way
@@ -150,11 +179,15 @@ def split_label(label: str) -> NoiseName:
         level = float(said)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         level = None
-    name = "+".join([*(n if v is None else f"{n}:{v}" for n, v in before), last])
+    name = _joined([*before, (last, None)])
     try:
         return NoiseName(name, level, parse_time(time))
     except AnalogError:  # and tell times so
         return NoiseName(name, level, None)
+
+
+def _joined(parts: Sequence[tuple[str, str | None]]) -> str:
+    return "+".join(name if level is None else f"{name}:{level}" for name, level in parts)
 
 
 def _parts(text: str) -> tuple[list[tuple[str, str | None]], str | None]:

@@ -32,7 +32,7 @@ class StuckDevices:
                 f"stuck: fraction is {shown(fraction)}, but must be a number from 0 to 1; write "
                 "stuck:0.001."
             )
-        if at not in ("random", "zero", "full"):
+        if not isinstance(at, str) or at not in ("random", "zero", "full"):
             raise AnalogError(
                 f"stuck: at is {shown(at)}, but must be random, zero or full; write at: zero."
             )

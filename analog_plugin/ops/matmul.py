@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,19 @@ from torch import Tensor
 from analog_plugin.scheme import AnalogScheme
 
 _TINY = torch.finfo(torch.float32).tiny
+
+
+class Disturbances(NamedTuple):
+    """What the array of one tile does to its outputs; see :class:`~analog_plugin.noise.Programmed`.
+
+    Args:
+        changes: From inputs [T, rows] and weights [out, rows], both as fractions of their full
+            scale, to what is added to their product [T, out].
+        full_scale: [out] weight that has the full conductance in each column.
+    """
+
+    changes: Sequence[Callable[[Tensor, Tensor], Tensor]]
+    full_scale: Tensor
 
 
 @dataclass
@@ -33,8 +46,8 @@ class MatmulContext:
         dtype: Type of the matrix products; None: the weight's.
         keep: Whether to keep what a backward needs.
         sampled: Draw noise from torch's global generator (``noise`` is then None).
-        disturbances: Of each tile, what changes its outputs before the ADC; none: an empty list.
-            See :class:`~analog_plugin.noise.Programmed`. No gradient passes through them.
+        disturbances: Of each tile, what changes its outputs before the ADC, or None; empty: of no
+            tile. No gradient passes through them.
     """
 
     scheme: AnalogScheme
@@ -45,7 +58,7 @@ class MatmulContext:
     clip_counts: Tensor | None = None
     dtype: torch.dtype | None = None
     keep: bool = field(default_factory=torch.is_grad_enabled)
-    disturbances: Sequence[Sequence[Callable[[Tensor, Tensor], Tensor]]] = ()
+    disturbances: Sequence[Disturbances | None] = ()
     bounds: list[tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,9 +145,10 @@ class _AnalogMatmul(torch.autograd.Function):
         out, saturated = None, []
         for k, (start, end) in enumerate(context.bounds):
             block = inputs[:, start:end] @ noisy[:, start:end].t()
-            if context.disturbances and context.disturbances[k]:
-                tile = inputs[:, start:end], noisy[:, start:end], column_max[k]
-                block = _disturb(block, *tile, scheme, context.disturbances[k])
+            disturbances = context.disturbances[k] if context.disturbances else None
+            if disturbances is not None:
+                tile = inputs[:, start:end], noisy[:, start:end]
+                block = _disturb(block, *tile, scheme, disturbances)
             if scheme.output_bits is not None:
                 assert scheme.out_bound is not None  # a layer refuses to run without
                 block, mask = _convert_outputs(block, column_max[k], full, scheme, training)
@@ -263,23 +277,19 @@ def _count_clipped(context: MatmulContext, k: int, index: Tensor, width: int, to
 
 
 def _disturb(
-    block: Tensor,
-    inputs: Tensor,
-    weight: Tensor,
-    column_max: Tensor,
-    scheme: AnalogScheme,
-    disturbances: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    block: Tensor, inputs: Tensor, weight: Tensor, scheme: AnalogScheme, disturbances: Disturbances
 ) -> Tensor:
     """Products [T, out] of one tile with what its array does to them, computed in fp32."""
+    x, w = inputs.float(), weight.float()
     if scheme.input_bits is not None and scheme.input_levels is not None:
-        levels, codes = scheme.input_levels, 2.0 ** (scheme.input_bits - 1)
-        full = inputs.new_tensor(levels / codes, dtype=torch.float32)
+        full = x.new_tensor(scheme.input_levels / 2.0 ** (scheme.input_bits - 1))
     else:
-        full = inputs.abs().amax(1, keepdim=True)
-    full, peak = full.float(), column_max.float()
-    x = inputs.float() / full.clamp_min(_TINY)
-    w = weight.float() / peak.clamp_min(_TINY)[:, None]
-    change = torch.stack([disturb(x, w) for disturb in disturbances]).sum(0)
+        full = x.abs().amax(1, keepdim=True)
+    peak = disturbances.full_scale.to(w)
+    x = x / full.clamp_min(_TINY)
+    w = w / peak.clamp_min(_TINY)[:, None]
+    with torch.autocast(x.device.type, enabled=False):
+        change = torch.stack([change(x, w) for change in disturbances.changes]).sum(0)
     return (block.float() + change * full * peak).to(block.dtype)
 
 

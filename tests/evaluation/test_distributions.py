@@ -77,9 +77,25 @@ def test_a_described_model_is_not_loaded_again(model, tmp_path):
     describe_models({"a": SweepModel(load, "2")}, tmp_path)
     assert len(loads) == 2
     kept = (tmp_path / "distributions.jsonl").read_text().splitlines()
-    (tmp_path / "distributions.jsonl").write_text(kept[0] + '\n{"weights": [1.0]}\n')
-    with pytest.raises(AnalogError, match=r"Line 2 of .* cannot be used"):
-        describe_models({"a": SweepModel(load, "1")}, tmp_path)
+    good = json.loads(kept[1])
+    unnamed = {key: value for key, value in good.items() if key != "model"}
+    for bad in (
+        {"weights": [1.0]},
+        unnamed,
+        good | {"identity": ["1"]},
+        good | {"ranges": {"a": []}},
+    ):
+        (tmp_path / "distributions.jsonl").write_text(f"{kept[0]}\n{json.dumps(bad)}\n")
+        with pytest.raises(AnalogError, match=r"Line 2 of .* cannot be used"):
+            describe_models({"a": SweepModel(load, "1")}, tmp_path)
+
+
+def test_layers_of_one_name_in_a_block_are_drawn_apart():
+    names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_proj"]
+    found = Distributions((0.0,) * BINS, 0.0, {n: [float(i)] for i, n in enumerate(names, 1)})
+    axis = range_maps({"gpt2": found})["gpt2"].axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["attn.c_proj", "mlp.c_proj"]
+    assert axis.images[0].get_array().tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_they_stand_in_the_report(model, tmp_path):

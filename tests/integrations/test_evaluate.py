@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaConfig
 
 from analog_integrations.optimum import evaluate, main_evaluate
-from analog_integrations.optimum.cli_analog import _levels
+from analog_integrations.optimum.cli_analog import _noises
 from analog_plugin import (
     AnalogError,
     evaluate_noise,
@@ -135,6 +135,7 @@ def test_a_model_is_known_by_what_its_files_hold(model_directory, tmp_path):
     for path in model.glob("*"):
         os.utime(path, (1, 1))
     (model / "notes.txt").write_text("mine")
+    (model / "folder.json").mkdir()
     assert evaluate.identity(str(model)) == evaluate.identity(str(model_directory)) == first
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")  # of the same size
@@ -199,10 +200,13 @@ def test_help_explains_the_command_without_loading_torch(tmp_path):
         ("pcm,hermes@1d", ["pcm", "hermes@1d"]),
         ("hermes:1,1.5@1h,pcm:2", ["hermes:1", "hermes:1.5@1h", "pcm:2"]),
         ("gaussian:1e-2,2e-2", ["gaussian:1e-2", "gaussian:2e-2"]),
+        ("gaussian:1e+0,2", ["gaussian:1e+0", "gaussian:2"]),
+        ("pcm:1.5+stuck:0.1,0.2,pcm", ["pcm:1.5+stuck:0.1", "pcm:1.5+stuck:0.2", "pcm"]),
+        ("hermes@1h+stuck:0.1,0.2", ["hermes@1h+stuck:0.1", "hermes+stuck:0.2@1h"]),
     ],
 )
 def test_levels_are_lists(text, expected):
-    assert _levels(text) == expected
+    assert _noises([text]) == expected
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def hermes(
         time, compensation: See :class:`DeviceNoise`.
         devices: 1 or 2 devices for each polarity of a weight (up to 10.35 or 20.7 µS).
     """
-    if devices not in (1, 2) or isinstance(devices, bool):
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices not in (1, 2):
         raise AnalogError(f"hermes: devices is {shown(devices)}, but must be 1 or 2.")
     options = _scales("hermes", scale) | {"num_devices": devices}
     return _device("hermes", "hermes.HermesNoiseModel", options, time, compensation)
@@ -135,7 +135,8 @@ def reram_cmo(
         compensation: See :class:`DeviceNoise`; ReRAM does not drift as phase-change memory does.
         acceptance: Programming stops this near its target, in percent of it: 0.2 or 2.
     """
-    if acceptance not in (0.2, 2) or isinstance(acceptance, bool):
+    real = isinstance(acceptance, (int, float)) and not isinstance(acceptance, bool)
+    if not real or acceptance not in (0.2, 2):
         raise AnalogError(f"reram_cmo: acceptance is {shown(acceptance)}, but must be 0.2 or 2.")
     options = _scales("reram_cmo", scale) | {"acceptance_range": acceptance}
     made = _device("reram_cmo", "ReRamCMONoiseModel", options, time, compensation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -256,25 +255,14 @@ def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int)
 
 
 def _noises(given: list[str] | None) -> list[str]:
-    return [item for text in given or ["pcm"] for item in _levels(text)]
+    from analog_plugin.noise.specification import split_list
+
+    return [item for text in given or ["pcm"] for item in split_list(text)]
 
 
 def _split(given: list[str] | None) -> list[str]:
     """Every item of lists with commas."""
     return [item.strip() for text in given or [] for item in text.split(",") if item.strip()]
-
-
-def _levels(noise: str) -> list[str]:
-    """``gaussian:0.01,0.02`` as two noise models, ``pcm,hermes@1d`` as two as well."""
-    found: list[str] = []
-    name = ""
-    for part in noise.split(","):
-        if re.fullmatch(r"[\d.eE+-]+(@.*)?", part) and name:
-            found.append(f"{name}:{part}")
-        else:
-            name = re.sub(r":[^:+]*$", "", part.partition("@")[0])
-            found.append(part)
-    return found
 
 
 class AnalogCommand(BaseOptimumCLICommand):

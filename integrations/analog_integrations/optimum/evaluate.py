@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -109,16 +110,19 @@ def main_evaluate(
             limit=limit,
         )  # fmt: skip
 
+    identity_of = functools.cache(identity)  # reads every file of a model
+
     def entry(source: str, kind: str) -> SweepModel:
         def load() -> Any:
             model = load_entry(source, kind, dtype, place)
             check_token_ids(model, tokens, f"The corpus, read for {source},")
             return model
 
-        return SweepModel(load, identity(source), noisy=kind != "quantized")
+        return SweepModel(load, identity_of(source), noisy=kind != "quantized")
 
+    entries = {name: entry(source, kinds[name]) for name, source in named.items()}
     reports = sweep(
-        {name: entry(source, kinds[name]) for name, source in named.items()},
+        entries,
         tokens,
         noises,
         seeds,
@@ -132,7 +136,7 @@ def main_evaluate(
     notes = [f"Measured on {blocks} blocks of {length} tokens of {corpus}, in {dtype}."]
     if original is not None:
         notes.append(f"KL and top-1 are to {original}.")
-    programmable = {n: entry(named[n], kind) for n, kind in kinds.items() if kind != "quantized"}
+    programmable = {name: model for name, model in entries.items() if model.noisy}
     described = describe_models(programmable, output, overwrite=overwrite)
     layers: dict[str, SensitivityReport] = {}
     if sensitivity:
@@ -209,7 +213,7 @@ def identity(source: str) -> str:
         path for folder in ("", "analog") for path in (directory / folder).glob("*")
     ):
         loaded = path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja")
-        if not loaded or path.name == "training.json":
+        if not loaded or path.name == "training.json" or not path.is_file():
             continue
         digest.update(f"{path.relative_to(directory)} {path.stat().st_size} ".encode())
         with path.open("rb") as file:
