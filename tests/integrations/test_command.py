@@ -136,6 +136,8 @@ def test_an_interrupted_run_leaves_nothing(model_directory, fields, write_recipe
         process = subprocess.Popen(
             command("--model", model_directory, "--recipe", recipe, "out"),
             stdout=log, stderr=log, env=environment(), cwd=tmp_path,
+            # Where the tests themselves run in the background, Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 60

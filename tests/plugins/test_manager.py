@@ -211,12 +211,13 @@ def test_every_hook_has_a_reader():
 
 
 def test_an_unknown_name_suggests_a_close_one_and_lists_all():
-    with pytest.raises(UnknownName, match=r"'pmc'; did you mean 'pcm'\? known: gaussian, hermes,"):
+    with pytest.raises(
+        UnknownName, match=r"'pmc'; did you mean 'pcm'\? known: gaussian, hermes, ir_drop,"
+    ):
         lookup(noise_models(), "pmc", "noise model")
 
 
 def test_an_unknown_name_lists_what_there_is():
-    with pytest.raises(
-        UnknownName, match=r"known: gaussian, hermes, pcm, pcm_like, reram_cmo, reram_wan2022\."
-    ):
+    known = "gaussian, hermes, ir_drop, pcm, pcm_like, reram_cmo, reram_wan2022, rtn, stuck"
+    with pytest.raises(UnknownName, match=rf"known: {known}\."):
         lookup(noise_models(), "zzz", "noise model")

@@ -436,7 +436,9 @@ def test_an_interrupt_that_a_library_swallows_ends_the_training_all_the_same(
     model, recipe, tokenizer, monkeypatch
 ):
     """As C code does that clears every exception."""
-    handler, steps = signal.getsignal(signal.SIGINT), []
+    # Where the tests themselves run in the background, Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    steps = []
     real = AnalogTrainer.compute_loss
 
     def swallowing(self, *args, **kwargs):
@@ -448,7 +450,10 @@ def test_an_interrupt_that_a_library_swallows_ends_the_training_all_the_same(
 
     monkeypatch.setattr(AnalogTrainer, "compute_loss", swallowing)
     settings = recipe(training={"max_steps": 50})
-    with pytest.raises(KeyboardInterrupt):
-        train_analog(model, settings, tokenizer=tokenizer)
-    assert steps == [0, 1]
-    assert signal.getsignal(signal.SIGINT) is handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_analog(model, settings, tokenizer=tokenizer)
+        assert steps == [0, 1]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
