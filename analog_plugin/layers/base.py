@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers.state import ForwardState, keyed_generator
 from analog_plugin.noise.programming import program_tiles
-from analog_plugin.ops.matmul import Disturbances, MatmulContext, analog_matmul, column_maximum
+from analog_plugin.ops.disturbance import Disturbances
+from analog_plugin.ops.matmul import MatmulContext, analog_matmul, column_maximum
 from analog_plugin.ops.ranges import RangeInitializer
 from analog_plugin.scheme import AnalogScheme
 

@@ -7,30 +7,18 @@ semantics of aihwkit-lightning 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from analog_plugin.ops.disturbance import Disturbances, disturb
 from analog_plugin.scheme import AnalogScheme
 
 _TINY = torch.finfo(torch.float32).tiny
-
-
-class Disturbances(NamedTuple):
-    """What the array of one tile does to its outputs; see :class:`~analog_plugin.noise.Programmed`.
-
-    Args:
-        changes: From inputs [T, rows] and weights [out, rows], both as fractions of their full
-            scale, to what is added to their product [T, out].
-        full_scale: [out] weight that has the full conductance in each column.
-    """
-
-    changes: Sequence[Callable[[Tensor, Tensor], Tensor]]
-    full_scale: Tensor
 
 
 @dataclass
@@ -148,7 +136,7 @@ class _AnalogMatmul(torch.autograd.Function):
             disturbances = context.disturbances[k] if context.disturbances else None
             if disturbances is not None:
                 tile = inputs[:, start:end], noisy[:, start:end]
-                block = _disturb(block, *tile, scheme, disturbances)
+                block = disturb(block, *tile, scheme, disturbances)
             if scheme.output_bits is not None:
                 assert scheme.out_bound is not None  # a layer refuses to run without
                 block, mask = _convert_outputs(block, column_max[k], full, scheme, training)
@@ -274,23 +262,6 @@ def _count_clipped(context: MatmulContext, k: int, index: Tensor, width: int, to
     else:
         context.clip_counts[k, 0] += context.row_mask[index // width].sum()
         context.clip_counts[k, 1] += context.row_mask.sum() * width
-
-
-def _disturb(
-    block: Tensor, inputs: Tensor, weight: Tensor, scheme: AnalogScheme, disturbances: Disturbances
-) -> Tensor:
-    """Products [T, out] of one tile with what its array does to them, computed in fp32."""
-    x, w = inputs.float(), weight.float()
-    if scheme.input_bits is not None and scheme.input_levels is not None:
-        full = x.new_tensor(scheme.input_levels / 2.0 ** (scheme.input_bits - 1))
-    else:
-        full = x.abs().amax(1, keepdim=True)
-    peak = disturbances.full_scale.to(w)
-    x = x / full.clamp_min(_TINY)
-    w = w / peak.clamp_min(_TINY)[:, None]
-    with torch.autocast(x.device.type, enabled=False):
-        change = torch.stack([change(x, w) for change in disturbances.changes]).sum(0)
-    return (block.float() + change * full * peak).to(block.dtype)
 
 
 def _convert_outputs(
