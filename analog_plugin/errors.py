@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import reprlib
+import sys
 import textwrap
 from types import ModuleType
 
@@ -29,6 +30,14 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # a whole number of thousands of digits has no text
         return f"a huge {type(value).__name__}"
+
+
+def is_number(value: object) -> bool:
+    """Whether something given is a finite int or float; true and false are neither."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    # Unlike math.isfinite, this takes integers that no float holds.
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def one_line(error: BaseException) -> str:

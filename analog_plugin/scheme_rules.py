@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import TYPE_CHECKING, Any
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError, is_number, shown
 
 if TYPE_CHECKING:
     from analog_plugin.scheme import AnalogScheme
@@ -82,7 +81,7 @@ def validate(scheme: AnalogScheme) -> None:
         value = getattr(scheme, name)
         if value is None and optional:
             continue
-        if not _is_number(value) or not test(value):
+        if not is_number(value) or not test(value):
             fail(name, f"a number {allowed}", str(defaults[name]))
     if not isinstance(scheme.range_init_in_training, bool):
         fail("range_init_in_training", "true or false", "false")
@@ -145,10 +144,3 @@ def _check_override(scheme: AnalogScheme, pattern: str, change: Any) -> None:
                 f"write {name} beside overrides."
             )
     scheme.replace(overrides=(), **dict(change))
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    # Unlike math.isfinite, this takes integers that no float holds.
-    return -sys.float_info.max <= value <= sys.float_info.max

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError, is_number, shown
 
 
 class GaussianNoise:
@@ -25,7 +25,7 @@ class GaussianNoise:
     def __init__(
         self, sigma: float = 0.03, per: Literal["column", "tile", "tensor"] = "column"
     ) -> None:
-        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 <= sigma < 10:
+        if not (is_number(sigma) and 0 <= sigma < 10):
             raise AnalogError(
                 f"gaussian: sigma is {shown(sigma)}, but must be a number from 0 to below 10; "
                 "write gaussian:0.03."

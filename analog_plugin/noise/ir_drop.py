@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError, is_number, shown
 from analog_plugin.noise.programming import Programmed
 
 
@@ -32,8 +32,7 @@ class IRDrop:
 
     def __init__(self, scale: float = 1.0, g_ratio: float = 1.0 / 0.35 / 5e-6) -> None:
         for name, value, low, usual in (("scale", scale, 0, 1), ("g_ratio", g_ratio, 1, 571_000)):
-            real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (real and low <= value < 1e12):
+            if not (is_number(value) and low <= value < 1e12):
                 raise AnalogError(
                     f"ir_drop: {name} is {shown(value)}, but must be a number from {low} to below "
                     f"1e12; write {name}: {usual}."

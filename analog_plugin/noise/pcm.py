@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError, is_number, shown
 
 # Fit of the standard deviation against the target, both in the fit's own units in which the largest
 # weight of a column is 180 (they are not siemens). Coefficients of g³, g², g, 1; source: the noise
@@ -32,7 +32,7 @@ class PCMNoise:
     """
 
     def __init__(self, scale: float = 1.0) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < 100:
+        if not (is_number(scale) and 0 <= scale < 100):
             raise AnalogError(
                 f"pcm: scale is {shown(scale)}, but must be a number from 0 to below 100; "
                 "write pcm:1.5."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError, is_number, shown
 from analog_plugin.ops.matmul import column_maximum, fake_quantize_columns
 
 
@@ -23,8 +23,7 @@ class WeightRounding:
     random = False
 
     def __init__(self, bits: int = 4) -> None:
-        real = isinstance(bits, (int, float)) and not isinstance(bits, bool)
-        if not (real and bits in range(2, 17)):
+        if not (is_number(bits) and bits in range(2, 17)):
             raise AnalogError(
                 f"rtn: bits is {shown(bits)}, but must be a whole number from 2 to 16; write rtn:4."
             )

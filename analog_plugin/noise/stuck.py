@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError, is_number, shown
 from analog_plugin.noise.programming import Programmed
 
 
@@ -26,8 +26,7 @@ class StuckDevices:
     def __init__(
         self, fraction: float = 0.001, at: Literal["random", "zero", "full"] = "random"
     ) -> None:
-        real = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
-        if not (real and 0 <= fraction <= 1):
+        if not (is_number(fraction) and 0 <= fraction <= 1):
             raise AnalogError(
                 f"stuck: fraction is {shown(fraction)}, but must be a number from 0 to 1; write "
                 "stuck:0.001."

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analog_plugin.errors import AnalogError, require, shown
+from analog_plugin.errors import AnalogError, is_number, require, shown
 from analog_plugin.noise import Programmed
 from analog_plugin.noise.programming import parse_time
 
@@ -135,8 +135,7 @@ def reram_cmo(
         compensation: See :class:`DeviceNoise`; ReRAM does not drift as phase-change memory does.
         acceptance: Programming stops this near its target, in percent of it: 0.2 or 2.
     """
-    real = isinstance(acceptance, (int, float)) and not isinstance(acceptance, bool)
-    if not real or acceptance not in (0.2, 2):
+    if not (is_number(acceptance) and acceptance in (0.2, 2)):
         raise AnalogError(f"reram_cmo: acceptance is {shown(acceptance)}, but must be 0.2 or 2.")
     options = _scales("reram_cmo", scale) | {"acceptance_range": acceptance}
     made = _device("reram_cmo", "ReRamCMONoiseModel", options, time, compensation)
@@ -162,7 +161,7 @@ def _device(
 
 
 def _scales(name: str, scale: float) -> dict[str, float]:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < 100:
+    if not (is_number(scale) and 0 <= scale < 100):
         raise AnalogError(
             f"{name}: scale is {shown(scale)}, but must be a number from 0 to below 100; write "
             f"{name}:1.5."
