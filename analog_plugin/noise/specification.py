@@ -94,7 +94,7 @@ def split_list(text: str) -> list[str]:
     """
     found: list[str] = []
     for part in text.split(","):
-        if found and re.fullmatch(r"[\d.][\d.eE+-]*(@.*)?", part):
+        if found and re.fullmatch(r"[\d.eE+-]+(@.*)?", part):
             level, at, later = part.partition("@")
             parts, time = _parts(found[-1])
             parts[-1] = (parts[-1][0], level)

@@ -201,6 +201,7 @@ def test_help_explains_the_command_without_loading_torch(tmp_path):
         ("hermes:1,1.5@1h,pcm:2", ["hermes:1", "hermes:1.5@1h", "pcm:2"]),
         ("gaussian:1e-2,2e-2", ["gaussian:1e-2", "gaussian:2e-2"]),
         ("gaussian:1e+0,2", ["gaussian:1e+0", "gaussian:2"]),
+        ("gaussian:1,-2", ["gaussian:1", "gaussian:-2"]),
         ("pcm:1.5+stuck:0.1,0.2,pcm", ["pcm:1.5+stuck:0.1", "pcm:1.5+stuck:0.2", "pcm"]),
         ("hermes@1h+stuck:0.1,0.2", ["hermes@1h+stuck:0.1", "hermes+stuck:0.2@1h"]),
     ],
