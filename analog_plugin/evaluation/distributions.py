@@ -12,7 +12,7 @@ from torch import nn
 
 from analog_plugin.evaluation.sweep import SweepModel, once_each
 from analog_plugin.layers import analog_layers
-from analog_plugin.ops.matmul import column_maximum
+from analog_plugin.ops.weights import column_maximum
 
 #: Bins of the weights' histogram, equally wide from 0 to 1.
 BINS = 50

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
-from analog_plugin.layers.state import ForwardState, keyed_generator
+from analog_plugin.layers.state import ForwardState, drawn_generator, keyed_generator
 from analog_plugin.noise.programming import program_tiles
 from analog_plugin.ops.disturbance import Disturbances
-from analog_plugin.ops.matmul import MatmulContext, analog_matmul, column_maximum
+from analog_plugin.ops.matmul import MatmulContext, analog_matmul
 from analog_plugin.ops.ranges import RangeInitializer
+from analog_plugin.ops.weights import column_maximum
 from analog_plugin.scheme import AnalogScheme
 
 #: No range falls below this, whatever the optimizer does.
@@ -68,6 +69,7 @@ class AnalogLayer(nn.Module):
         self.owns_range = True
         self.digital = False
         self.observer: Callable[[Tensor, Tensor | None], None] | None = None
+        self._step_weight: tuple[Any, Tensor] | None = None
         self._range_initializer = RangeInitializer(scheme)
 
     @property
@@ -98,12 +100,35 @@ class AnalogLayer(nn.Module):
         context = MatmulContext(scheme, self.tiles, row_mask=row_mask, dtype=_dtype(x, weight))
         context.disturbances = disturbances
         if self.training and programmed is None:
-            if self.state is not None:
-                context.noise = self.state.generator(self.name, weight.device)
-            context.sampled = context.noise is None
+            context.training = True
             context.clip_counts = self.clip_counts if torch.is_grad_enabled() else None
+            if self.state is not None:
+                self._key_noise(context, self.state, weight, maximum)
         y = analog_matmul(x, weight, self.input_range, maximum, context)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _key_noise(
+        self, context: MatmulContext, state: ForwardState, weight: Tensor, maximum: Tensor
+    ) -> None:
+        """Give the product its noise as ``state`` says: its generator, or the step's weights."""
+        context.keep_noise = state.keep_noise
+        context.generator = state.generator(self.name, weight.device)
+        if context.generator is None and not state.keep_noise:
+            context.generator = drawn_generator(weight.device)
+        if not state.reuses_noise:
+            self._step_weight = None
+            return
+        key = (state.run, state.step, weight.data_ptr(), weight._version, context.dtype)
+        if self._step_weight is None or self._step_weight[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._step_weight = key, context.tile_weights(weight, maximum)
+        context.noisy = self._step_weight[1]
+
+    def train(self, mode: bool = True) -> AnalogLayer:
+        """As ``nn.Module.train``; noisy weights of a training step do not outlive training."""
+        if not mode:
+            self._step_weight = None
+        return super().train(mode)
 
     def program(self, noise: Any, generator: torch.Generator | int) -> None:
         """Program the weights onto simulated devices; the forward then uses the result.

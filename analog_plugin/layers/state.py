@@ -26,6 +26,11 @@ class ForwardState:
         micro_batch: Index of the micro-batch within the step, over all processes. Noise is a
             function of (seed, layer, step, micro-batch) alone, so that the same seed gives the same
             draws on any number of processes and in the recomputation of gradient checkpointing.
+        noise_per: ``"forward"``: each forward draws noise of its own. ``"step"``: noise is a
+            function of (seed, layer, step): all micro-batches of an optimizer step, on all
+            processes, meet the same weights, which are made once. Without a seed there is no step.
+        keep_noise: False: a backward draws its noise again, instead of the forward keeping noisy
+            weights for it: less memory by a copy of all analog weights, more time by one draw.
         attention_mask: [B, S] mask of the running forward, or None.
         repeated: [B, S] bool, the tokens of the running forward that are the digital prefix, or
             None.
@@ -37,6 +42,8 @@ class ForwardState:
         self.seed = seed
         self.step = 0
         self.micro_batch = 0
+        self.noise_per = "forward"
+        self.keep_noise = True
         self.attention_mask: Tensor | None = None
         self.repeated: Tensor | None = None
 
@@ -54,8 +61,15 @@ class ForwardState:
         """Generator of this layer's noise now; None where noise is not keyed."""
         if self.seed is None:
             return None
-        key = f"{self.seed}/{layer_name}/{self.step}/{self.micro_batch}"
+        key = f"{self.seed}/{layer_name}/{self.step}"
+        if self.noise_per == "forward":
+            key += f"/{self.micro_batch}"
         return keyed_generator(key, device)
+
+    @property
+    def reuses_noise(self) -> bool:
+        """Whether noisy weights serve a whole optimizer step."""
+        return self.noise_per == "step" and self.keep_noise and self.seed is not None
 
     def row_mask(self, x: Tensor) -> Tensor | None:
         """[T] bool mask of the tokens of ``x`` [B, S, in] that count: no padding and no prefix."""
@@ -87,6 +101,13 @@ def keyed_generator(key: str, device: torch.device | str = "cpu") -> torch.Gener
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator(device)
     generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    return generator
+
+
+def drawn_generator(device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose seed comes from torch's global one."""
+    generator = torch.Generator(device)
+    generator.manual_seed(int(torch.randint(2**63 - 1, ())))
     return generator
 
 

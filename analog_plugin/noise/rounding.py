@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from analog_plugin.errors import AnalogError, is_number, shown
-from analog_plugin.ops.matmul import column_maximum, fake_quantize_columns
+from analog_plugin.ops.weights import column_maximum, fake_quantize_columns
 
 
 class WeightRounding:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from analog_plugin.layers import analog_layers
 from analog_plugin.layers.observe import Observer, observe_inputs, static_inputs, unreached
-from analog_plugin.ops.matmul import column_maximum
+from analog_plugin.ops.weights import column_maximum
 from analog_plugin.progress import progress_bar
 from analog_plugin.scheme import AnalogScheme
 

@@ -22,7 +22,7 @@ from analog_plugin.layers import analog_layers
 from analog_plugin.layers.state import keyed_generator
 from analog_plugin.noise import program_tiles
 from analog_plugin.ops.histogram import MagnitudeHistogram
-from analog_plugin.ops.matmul import column_maximum
+from analog_plugin.ops.weights import column_maximum
 from analog_plugin.progress import progress_bar
 from analog_plugin.scheme import AnalogScheme
 from analog_plugin.training.outputs import sample_inputs

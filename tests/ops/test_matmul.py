@@ -6,12 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analog_plugin import AnalogScheme
-from analog_plugin.ops.matmul import (
-    MatmulContext,
-    analog_matmul,
-    column_maximum,
-    fake_quantize_columns,
-)
+from analog_plugin.ops.matmul import MatmulContext, analog_matmul
+from analog_plugin.ops.weights import column_maximum, fake_quantize_columns
 
 
 def product(x, weight, ranges, scheme, tiles):

@@ -1,0 +1,164 @@
+"""DAC and ADC of analog tiles, and what the backward needs to know of their clipping."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from analog_plugin.ops.weights import largest_magnitude, tile_bounds
+from analog_plugin.scheme import AnalogScheme
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Clipped(NamedTuple):
+    """The inputs of one tile at the ends of its range or beyond.
+
+    Args:
+        rows, columns: Where in the inputs [T, in], one index for each.
+        beyond: Whether each lies beyond the range, rather than on it.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    beyond: Tensor
+
+
+class Digitized(NamedTuple):
+    """What a DAC made of inputs.
+
+    Args:
+        inputs: [T, in] what is multiplied: codes as fractions of ``2**(bits - 1)``, exact in every
+            type (products of whole codes leave the range of fp16).
+        codes: [T, in] whole codes, one byte each up to 8 bits; None: not asked for.
+        scales: Of each tile, [1, 1] or [T, 1] fp32: what one code stands for.
+        clipped: Of each tile; None: not asked for, or inputs that are never clipped.
+    """
+
+    inputs: Tensor
+    codes: Tensor | None
+    scales: list[Tensor]
+    clipped: list[Clipped] | None
+
+
+def digitize_inputs(
+    rows: Tensor,
+    input_range: Tensor,
+    tiles: list[int],
+    scheme: AnalogScheme,
+    dtype: torch.dtype,
+    for_backward: bool,
+) -> Digitized:
+    """DAC: inputs [T, in] to codes, tile by tile.
+
+    Codes are computed in fp32: half precision gets several percent of them wrong.
+    """
+    levels = scheme.input_levels
+    if scheme.input_bits is None or levels is None:
+        one = rows.new_ones((1, 1), dtype=torch.float32)
+        inputs = rows.to(dtype)
+        return Digitized(inputs, inputs, [one] * len(tiles), None)
+    fraction = 2.0 ** (1 - scheme.input_bits)
+    whole = torch.int8 if scheme.input_bits <= 8 else torch.int16
+    dynamic = scheme.input_range == "dynamic"
+    inputs, codes, scales, clipped = [], [], [], []
+    for k, (start, end) in enumerate(tile_bounds(tiles)):
+        block = rows[:, start:end]
+        if dynamic:
+            scale = (block.float().abs().amax(1, keepdim=True) / levels).clamp_min_(_TINY)
+        else:
+            scale = (input_range[k].float() / levels).view(1, 1)
+        scales.append(scale)
+        code = torch.div(block.float(), scale).round_().clamp_(-levels, levels)
+        if for_backward:
+            codes.append(code.to(whole))
+            if not dynamic:
+                clipped.append(_find_clipped(block, codes[-1], input_range[k], levels, start))
+        inputs.append(code.mul_(fraction).to(dtype))
+    return Digitized(
+        _joined(inputs), _joined(codes), scales, clipped if for_backward and not dynamic else None
+    )
+
+
+def _joined(blocks: list[Tensor]) -> Tensor | None:
+    if len(blocks) <= 1:
+        return blocks[0] if blocks else None
+    return torch.cat(blocks, dim=1)
+
+
+def _find_clipped(
+    block: Tensor, codes: Tensor, input_range: Tensor, levels: int, start: int
+) -> Clipped:
+    # Only codes at the ends can be clipped inputs; few are, so look at those alone.
+    row, column = _positions(codes.abs().clamp_min_(levels - 1).sub_(levels - 1))
+    values = block[row, column].float().abs()
+    on_or_beyond = values >= input_range
+    row, column, values = row[on_or_beyond], column[on_or_beyond], values[on_or_beyond]
+    return Clipped(row, column + start, values > input_range)
+
+
+def _positions(marks: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the few entries of ``marks`` [T, n], one or two bytes each, not zero.
+
+    Whole words are searched first: comparing and searching byte by byte takes ten times as long.
+    """
+    per_word = 8 // marks.itemsize
+    if marks.numel() % per_word:
+        row, column = marks.nonzero().unbind(1)
+        return row, column
+    flat = marks.contiguous().view(-1)
+    words = flat.view(torch.int64).nonzero().squeeze(1)
+    word, place = flat.view(-1, per_word)[words].nonzero().unbind(1)
+    index = words[word] * per_word + place
+    return index // marks.shape[1], index % marks.shape[1]
+
+
+def count_clipped(
+    counts: Tensor, clipped: list[Clipped], tiles: list[int], tokens: int, row_mask: Tensor | None
+) -> None:
+    """Add (clipped, all) inputs to ``counts`` [K, 2]; ``row_mask`` [T] tells which tokens count."""
+    for count, found, width in zip(counts, clipped, tiles, strict=True):
+        if row_mask is None:
+            count[0] += found.rows.numel()
+            count[1] += tokens * width
+        else:
+            count[0] += row_mask[found.rows].sum()
+            count[1] += row_mask.sum() * width
+
+
+def convert_outputs(
+    block: Tensor, column_max: Tensor, scheme: AnalogScheme, for_backward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """ADC: products [T, out] of :func:`digitize_inputs`' fractions to integer ADC codes, fp32.
+
+    ``block`` is overwritten if it is fp32.
+
+    Returns:
+        The codes, and the int8 factor of their gradients: 0 where the ADC saturated, else 1. None
+        in place of the factor: it is 1 everywhere, or not asked for.
+    """
+    levels = scheme.output_levels
+    assert levels is not None
+    unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme))
+    inverse = torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
+    code = block.float().mul_(inverse).round_()
+    passed = None
+    # Extremes cost a fraction of the factor, but on a GPU they would have to be waited for.
+    if for_backward and (code.is_cuda or (code.numel() and largest_magnitude(code) > levels)):
+        # Arithmetic on whole numbers: a CPU compares several times more slowly.
+        passed = code.abs().clamp_(levels, levels + 1).sub_(levels + 1).neg_().to(torch.int8)
+    return code.clamp_(-levels, levels), passed
+
+
+def adc_step(scheme: AnalogScheme) -> float:
+    """What one ADC code stands for, in products of whole DAC codes and column maxima."""
+    assert scheme.input_levels is not None and scheme.output_levels is not None
+    assert scheme.out_bound is not None  # a layer refuses to run without
+    return scheme.out_bound * scheme.input_levels / scheme.output_levels
+
+
+def input_full_scale(scheme: AnalogScheme) -> float:
+    """What the fractions of :func:`digitize_inputs` are fractions of, in codes."""
+    return 1.0 if scheme.input_bits is None else 2.0 ** (scheme.input_bits - 1)
