@@ -121,9 +121,11 @@ class AnalogRecipe(_Settings):
             or have fields of their own. :meth:`parse` reads it into the scheme.
         data, calibration, distillation, evaluation, deploy: See there; ``evaluation: null``
             measures nothing.
-        training: Any field of ``transformers.TrainingArguments``, and ``range_learning_rate`` and
-            ``trainable`` (``"all"`` or ``"analog"``: the analog layers' weights and ranges only).
-            ``null``: no training, calibration only.
+        training: Any field of ``transformers.TrainingArguments``, and ``range_learning_rate``,
+            ``trainable`` (``"all"`` or ``"analog"``: the analog layers' weights and ranges only),
+            ``noise_per`` and ``keep_noise`` (see
+            :class:`~analog_plugin.training.AnalogCallback`). ``null``: no training, calibration
+            only.
         seed: Of sampling order and training noise.
     """
 
@@ -209,6 +211,8 @@ class OwnTraining(_Settings):
 
     range_learning_rate: float = Field(3e-3, gt=0, lt=1)
     trainable: Literal["all", "analog"] = "all"
+    noise_per: Literal["forward", "step"] = "forward"
+    keep_noise: bool = True
 
 
 def split_training(training: Mapping[str, Any] | None) -> tuple[OwnTraining, dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, shown
 from analog_plugin.layers import ForwardState, analog_layers, forward_state
 from analog_plugin.layers.base import RANGE_FLOOR
 from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
@@ -37,6 +37,13 @@ class AnalogCallback(TrainerCallback, ExportableState):
     Args:
         seed: Seed of the noise; None: the Trainer's ``args.seed``.
         max_skipped: Consecutive skipped steps that end the run.
+        noise_per: ``"forward"``: every micro-batch meets noise of its own, as in the paper.
+            ``"step"``: all micro-batches of an optimizer step meet the same noisy weights, which
+            are made once: the noise costs less by the number of micro-batches, and their gradients
+            no longer average it out.
+        keep_noise: False: each backward draws its noise again instead of keeping noisy weights for
+            it: a copy of the analog weights less in memory, one draw more in time. The gradients
+            are the same.
 
     Attributes:
         skipped_steps: Steps skipped so far because the loss or a gradient was not finite.
@@ -44,8 +51,20 @@ class AnalogCallback(TrainerCallback, ExportableState):
         clip_start: Where the annealed clip of each layer began; see :func:`clip_alpha`.
     """
 
-    def __init__(self, seed: int | None = None, max_skipped: int = 10) -> None:
+    def __init__(
+        self,
+        seed: int | None = None,
+        max_skipped: int = 10,
+        noise_per: str = "forward",
+        keep_noise: bool = True,
+    ) -> None:
+        if noise_per not in ("forward", "step"):
+            raise AnalogError(
+                f"noise_per is {shown(noise_per)}, but must be 'forward' or 'step'; write "
+                "noise_per='step' to share noise among the micro-batches of an optimizer step."
+            )
         self.seed, self.max_skipped = seed, max_skipped
+        self.noise_per, self.keep_noise = noise_per, keep_noise
         self.skipped_steps = self.skipped_in_a_row = 0
         self.clip_start: dict[str, float] = {}
         self._skip = False
@@ -54,7 +73,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer saves with its checkpoints and restores on resume."""
         return {
-            "args": {"seed": self.seed, "max_skipped": self.max_skipped},
+            "args": {name: getattr(self, name) for name in _SETTINGS},
             "attributes": {name: getattr(self, name) for name in _CARRIED},
         }
 
@@ -62,7 +81,9 @@ class AnalogCallback(TrainerCallback, ExportableState):
         """Seed the noise, and begin or go on: counts, and from where an annealed clip starts."""
         model = kwargs["model"]
         self._begin(state)
-        forward_state(model).seed = args.seed if self.seed is None else self.seed
+        shared = forward_state(model)
+        shared.seed = args.seed if self.seed is None else self.seed
+        shared.noise_per, shared.keep_noise = self.noise_per, self.keep_noise
         for name, layer in analog_layers(model):
             layer.clip_counts.zero_()
             if layer.scheme.clip_schedule == "anneal" and name not in self.clip_start:
@@ -154,6 +175,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
                 clip_to_sigma(layer.tile_weight, alpha)
 
 
+_SETTINGS = ("seed", "max_skipped", "noise_per", "keep_noise")
 #: What a resumed run goes on with.
 _CARRIED = ("skipped_steps", "skipped_in_a_row", "clip_start")
 

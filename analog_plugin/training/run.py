@@ -115,6 +115,8 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
             train_dataset=[{"input_ids": row} for row in rows],
             noise_seed=recipe.seed,
             range_learning_rate=own.range_learning_rate,
+            noise_per=own.noise_per,
+            keep_noise=own.keep_noise,
             **recipe.distillation.model_dump(),
         )
         interrupts = _KeptInterrupts()

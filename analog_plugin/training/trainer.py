@@ -29,6 +29,7 @@ class AnalogTrainer(Trainer):
             a range change by 0.3 % in a step. It follows the same schedule; ranges get no weight
             decay and do not count into the gradient norm.
         noise_seed: Seed of the training noise; None: ``args.seed``.
+        noise_per, keep_noise: See :class:`~analog_plugin.training.callback.AnalogCallback`.
         **kwargs: Everything else that ``transformers.Trainer`` takes.
 
     Example:
@@ -46,6 +47,8 @@ class AnalogTrainer(Trainer):
         chunk: int = 512,
         range_learning_rate: float = 3e-3,
         noise_seed: int | None = None,
+        noise_per: str = "forward",
+        keep_noise: bool = True,
         **kwargs: Any,
     ) -> None:
         forward_state(model)  # one clear error, early, for a model that is not analog
@@ -60,7 +63,7 @@ class AnalogTrainer(Trainer):
                 f"One process sees {self.args.n_gpu} GPUs, but AnalogTrainer takes one each; start "
                 f"with torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
             )
-        self._add_callback(noise_seed)
+        self._add_callback(seed=noise_seed, noise_per=noise_per, keep_noise=keep_noise)
         self.temperature, self.cross_entropy, self.chunk = temperature, cross_entropy, chunk
         self.range_learning_rate = range_learning_rate
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
@@ -157,13 +160,17 @@ class AnalogTrainer(Trainer):
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)
 
-    def _add_callback(self, noise_seed: int | None) -> None:
+    def _add_callback(self, **settings: Any) -> None:
         if not any(isinstance(c, AnalogCallback) for c in self.callback_handler.callbacks):
-            self.add_callback(AnalogCallback(seed=noise_seed))
-        elif noise_seed is not None:
+            self.add_callback(AnalogCallback(**settings))
+            return
+        own = AnalogCallback()
+        given = [f"{n}={v!r}" for n, v in settings.items() if v != getattr(own, n)]
+        if given:
             raise AnalogError(
-                f"noise_seed is {noise_seed}, but callbacks hold an AnalogCallback, which has a "
-                f"seed of its own; write AnalogCallback(seed={noise_seed}) alone."
+                f"{', '.join(given)} was given to AnalogTrainer, but callbacks hold an "
+                f"AnalogCallback, which has settings of its own; write "
+                f"AnalogCallback({', '.join(given)}) alone."
             )
 
     def _teacher_head(self, hidden: Tensor) -> Tensor:

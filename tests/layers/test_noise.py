@@ -32,10 +32,12 @@ def layer(inputs=256, outputs=96, **scheme):
     return made
 
 
+@pytest.mark.parametrize("options", [{}, {"noise_per": "step"}, {"keep_noise": False}], ids=str)
 @pytest.mark.parametrize("tile_rows", [None, 100], ids=["one tile", "3 tiles"])
 @pytest.mark.parametrize("gamma", [0.01, 0.03, 0.2])
-def test_noise_is_gaussian_and_relative_to_the_columns_maximum(gamma, tile_rows):
+def test_noise_is_gaussian_and_relative_to_the_columns_maximum(gamma, tile_rows, options):
     made = layer(weight_noise=gamma, tile_rows=tile_rows)
+    vars(made.state).update(options)
     blocks = zip(
         weight_errors(made, 1.0).split(made.tiles, 1),
         made.weight.detach().split(made.tiles, 1),
@@ -139,9 +141,10 @@ def test_tied_layers_of_a_model_draw_independent_noise():
     assert float(correlation.abs().max()) < 0.6
 
 
+@pytest.mark.parametrize("options", [{}, {"noise_per": "step"}, {"keep_noise": False}], ids=str)
 @pytest.mark.parametrize("seed", [None, 4], ids=["global generator", "keyed"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_gradient_checkpointing_of_a_model_changes_no_gradient(name, seed):
+def test_gradient_checkpointing_of_a_model_changes_no_gradient(name, seed, options):
     def gradients(checkpointing):
         scheme = AnalogScheme(weight_noise=0.1, tile_rows=32)
         model = convert_to_analog(tiny(name), scheme).train()
@@ -153,6 +156,7 @@ def test_gradient_checkpointing_of_a_model_changes_no_gradient(name, seed):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         forward_state(model).seed = seed
+        vars(forward_state(model)).update(options)
         ids = token_ids()
         torch.manual_seed(8)
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -201,3 +205,85 @@ def test_accumulated_micro_batches_each_keep_their_own_noise():
     together = torch.autograd.grad(sum(losses), x)
     for a, b in zip(apart, together, strict=True):
         assert torch.equal(a, b)
+
+
+def gradients(made, x, keep_noise):
+    made.state.keep_noise = keep_noise
+    made.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    y = made(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, made.weight.grad.clone(), made.input_range.grad.clone()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile_rows", [None, 100], ids=["one tile", "3 tiles"])
+@pytest.mark.parametrize("weight_bits", [None, 4])
+def test_noise_drawn_again_in_the_backward_is_the_forwards(weight_bits, tile_rows, dtype):
+    made = layer(weight_noise=0.1, weight_bits=weight_bits, tile_rows=tile_rows, output_bits=8)
+    made = made.to(dtype)
+    x = torch.randn(7, 256).to(dtype)
+    for kept, again in zip(gradients(made, x, True), gradients(made, x, False), strict=True):
+        assert torch.equal(kept, again)
+
+
+def test_without_a_seed_noise_drawn_again_is_the_forwards_and_new_in_each():
+    made = layer(weight_noise=0.1)
+    made.state.seed, made.state.keep_noise = None, False
+    x, grad = torch.randn(5, 256).clamp(-1, 1).requires_grad_(), torch.randn(5, 96)
+    torch.manual_seed(3)
+    made(x).backward(grad)
+    torch.manual_seed(3)
+    noisy = made.weight.detach() + weight_errors(made, 1.0)
+    torch.testing.assert_close(x.grad, grad @ noisy, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(weight_errors(made, 1.0), weight_errors(made, 1.0))
+
+
+def test_memory_for_the_backward_holds_no_weights_where_noise_is_drawn_again():
+    made = layer(inputs=512, outputs=512, weight_noise=0.1)
+    x = torch.randn(8, 512, requires_grad=True)
+
+    def kept():
+        sizes = {}
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() != made.weight.untyped_storage().data_ptr():
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            made(x)
+        return sum(sizes.values())
+
+    weights = made.weight.numel() * 4
+    assert kept() > weights
+    made.state.keep_noise = False
+    assert kept() < weights / 50
+
+
+def test_weights_that_changed_before_the_noise_is_drawn_again_are_an_error():
+    made = layer(weight_noise=0.1)
+    made.state.keep_noise = False
+    y = made(torch.randn(5, 256, requires_grad=True))
+    with torch.no_grad():
+        made.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("keep_noise", [True, False])
+def test_noise_per_step_is_one_for_all_micro_batches_and_new_in_each_step(keep_noise):
+    made = layer(weight_noise=0.1)
+    made.state.noise_per, made.state.keep_noise = "step", keep_noise
+    first = weight_errors(made, 1.0)
+    made.state.micro_batch = 3
+    assert torch.equal(weight_errors(made, 1.0), first)
+    made.state.step = 1
+    second = weight_errors(made, 1.0)
+    assert abs(float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1])) < 0.05
+    with torch.no_grad():
+        made.weight.mul_(2)  # as an optimizer may within what counts as a step
+    torch.testing.assert_close(weight_errors(made, 1.0), 2 * second, rtol=1e-3, atol=1e-5)
+    made.eval()
+    assert float(weight_errors(made, 1.0).abs().max()) < 1e-5
