@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
+from analog_plugin.layers.compiled import initialize_ranges, noisy_weight, numbered
 from analog_plugin.layers.state import ForwardState, drawn_generator, keyed_generator
 from analog_plugin.noise.programming import program_tiles
 from analog_plugin.ops.disturbance import Disturbances
 from analog_plugin.ops.matmul import MatmulContext, analog_matmul
 from analog_plugin.ops.ranges import RangeInitializer
+from analog_plugin.ops.traced import traced_matmul
 from analog_plugin.ops.weights import column_maximum
 from analog_plugin.scheme import AnalogScheme
 
@@ -35,6 +37,8 @@ class AnalogLayer(nn.Module):
         digital: While true there are neither converters nor training noise: a plain linear layer,
             with the programmed weights and disturbances if there are any.
         observer: Called with each input and its padding mask, for calibration.
+        range_initializer: Finds ranges during training; shared with ``input_range``.
+        number: A scalar by which compiled graphs know this layer.
         owns_range: False where ``input_range`` is shared and another layer updates it.
     """
 
@@ -70,7 +74,8 @@ class AnalogLayer(nn.Module):
         self.digital = False
         self.observer: Callable[[Tensor, Tensor | None], None] | None = None
         self._step_weight: tuple[Any, Tensor] | None = None
-        self._range_initializer = RangeInitializer(scheme)
+        self.range_initializer = RangeInitializer(self)
+        self.number = numbered(self)
 
     @property
     def tile_weight(self) -> Tensor:
@@ -94,18 +99,34 @@ class AnalogLayer(nn.Module):
                 self.initialize_ranges(x, row_mask)
             self.require_ranges()
         maximum = self.programmed_maximum
-        if maximum is None:
-            # Not kept: weights are replaced and written in ways that no version number shows.
-            maximum = column_maximum(weight.detach(), self.tiles)
         context = MatmulContext(scheme, self.tiles, row_mask=row_mask, dtype=_dtype(x, weight))
         context.disturbances = disturbances
         if self.training and programmed is None:
             context.training = True
             context.clip_counts = self.clip_counts if torch.is_grad_enabled() else None
-            if self.state is not None:
+        if torch.compiler.is_compiling():
+            y = self._in_graph(x, weight, maximum, context)
+        else:
+            if maximum is None:
+                # Not kept: weights are replaced and written in ways that no version number shows.
+                maximum = column_maximum(weight.detach(), self.tiles)
+            if context.training and self.state is not None:
                 self._key_noise(context, self.state, weight, maximum)
-        y = analog_matmul(x, weight, self.input_range, maximum, context)
+            y = analog_matmul(x, weight, self.input_range, maximum, context)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _in_graph(
+        self, x: Tensor, weight: Tensor, maximum: Tensor | None, context: MatmulContext
+    ) -> Tensor:
+        """The product in a graph that is being compiled."""
+        if maximum is None:
+            blocks = weight.detach().split(self.tiles, dim=1)
+            maximum = torch.stack([block.abs().amax(1) for block in blocks])
+        noisy = context.scheme.weight_noise > 0 or context.scheme.weight_bits is not None
+        if context.training and noisy:
+            assert context.dtype is not None
+            weight = noisy_weight(weight, maximum, self.number, context.dtype)
+        return traced_matmul(x, weight, self.input_range, maximum, context)
 
     def _key_noise(
         self, context: MatmulContext, state: ForwardState, weight: Tensor, maximum: Tensor
@@ -181,7 +202,7 @@ class AnalogLayer(nn.Module):
                 f"given {new.tolist()}."
             )
         self.input_range.copy_(new.expand(len(self.tiles)))
-        self._range_initializer.known = True
+        self.range_initializer.known = True
 
     def require_ranges(self) -> None:
         """Refuse ranges that are placeholders.
@@ -189,7 +210,7 @@ class AnalogLayer(nn.Module):
         Raises:
             AnalogError: They were neither calibrated nor set.
         """
-        if not self._range_initializer.known:
+        if not self.range_initializer.known:
             raise AnalogError(
                 f"The input ranges of {self.name or 'this layer'} were never set; call "
                 "calibrate_ranges(model, batches) or layer.set_input_range(values) first."
@@ -203,7 +224,7 @@ class AnalogLayer(nn.Module):
     def share_range(self, owner: AnalogLayer) -> None:
         """Use the range of ``owner``, a layer with equal tiles that then alone updates it."""
         self.input_range = owner.input_range
-        self._range_initializer = owner._range_initializer
+        self.range_initializer = owner.range_initializer
         self.owns_range = False
 
     @torch.no_grad()
@@ -222,13 +243,14 @@ class AnalogLayer(nn.Module):
         """Take a micro-batch of inputs [..., in] into ranges that are found in training."""
         if not self.scheme.range_init_in_training:
             return
-        self._range_initializer.known = True
+        self.range_initializer.known = True
         if not self.owns_range:
             return
-        state = self.state
-        step = None if state is None or state.seed is None else (state.run, state.step)
-        micro = 0 if state is None else state.micro_batch
-        self._range_initializer.update(self, x.detach(), row_mask, step, micro)
+        ranges = self.input_range.detach()
+        if torch.compiler.is_compiling():
+            initialize_ranges(x.detach(), row_mask, ranges, self.range_batches, self.number)
+        else:
+            self.range_initializer.update(x.detach(), row_mask, ranges, self.range_batches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogLayer:
         """Move with the module, but keep the ranges in fp32: half precision rounds them away."""
@@ -242,6 +264,11 @@ class AnalogLayer(nn.Module):
             self.plain_range = plain.to(moved.device)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another layer to the graphs that it runs in."""
+        super().__setstate__(state)
+        self.number = numbered(self)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # A shared range is written for each layer: safetensors refuses tensors that share memory.
@@ -252,9 +279,9 @@ class AnalogLayer(nn.Module):
         ranges = state_dict.get(prefix + "input_range")
         if isinstance(ranges, Tensor):  # with assign=True it becomes the Parameter as it is
             state_dict[prefix + "input_range"] = ranges.float()
-            self._range_initializer.known = True
+            self.range_initializer.known = True
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._range_initializer.restart()
+        self.range_initializer.restart()
 
     def extra_repr(self) -> str:
         """Tiles and converters beside what the digital layer shows."""

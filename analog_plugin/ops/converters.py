@@ -58,12 +58,15 @@ def digitize_inputs(
     levels = scheme.input_levels
     if scheme.input_bits is None or levels is None:
         one = rows.new_ones((1, 1), dtype=torch.float32)
-        inputs = rows.to(dtype)
-        return Digitized(inputs, inputs, [one] * len(tiles), None)
+        unchanged = rows.to(dtype)
+        return Digitized(unchanged, unchanged, [one] * len(tiles), None)
     fraction = 2.0 ** (1 - scheme.input_bits)
     whole = torch.int8 if scheme.input_bits <= 8 else torch.int16
     dynamic = scheme.input_range == "dynamic"
-    inputs, codes, scales, clipped = [], [], [], []
+    inputs: list[Tensor] = []
+    codes: list[Tensor] = []
+    scales: list[Tensor] = []
+    clipped: list[Clipped] = []
     for k, (start, end) in enumerate(tile_bounds(tiles)):
         block = rows[:, start:end]
         if dynamic:
@@ -78,14 +81,15 @@ def digitize_inputs(
                 clipped.append(_find_clipped(block, codes[-1], input_range[k], levels, start))
         inputs.append(code.mul_(fraction).to(dtype))
     return Digitized(
-        _joined(inputs), _joined(codes), scales, clipped if for_backward and not dynamic else None
+        _joined(inputs),
+        _joined(codes) if for_backward else None,
+        scales,
+        clipped if for_backward and not dynamic else None,
     )
 
 
-def _joined(blocks: list[Tensor]) -> Tensor | None:
-    if len(blocks) <= 1:
-        return blocks[0] if blocks else None
-    return torch.cat(blocks, dim=1)
+def _joined(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
 def _find_clipped(

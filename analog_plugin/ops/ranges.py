@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analog_plugin.scheme import AnalogScheme
-
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum ``values`` over all processes in place; alone, nothing happens."""
@@ -25,11 +23,16 @@ class RangeInitializer:
     gradient checkpointing is recognised by its micro-batch and not counted again. Layers that share
     a range share its initializer.
 
+    Args:
+        layer: Whose inputs and ranges they are.
+
     Attributes:
         known: Whether the range holds a value from data, a file or the user.
     """
 
-    def __init__(self, scheme: AnalogScheme) -> None:
+    def __init__(self, layer: Any) -> None:
+        scheme = layer.scheme
+        self.layer = layer
         self.batches = scheme.range_init_batches
         self.kappa = scheme.range_init_std
         self.known = scheme.input_range == "dynamic" or scheme.input_bits is None
@@ -43,35 +46,37 @@ class RangeInitializer:
         self.sums: Tensor | None = None
 
     @torch.no_grad()
-    def update(
-        self, layer: Any, x: Tensor, row_mask: Tensor | None, step: Hashable | None, micro: int
-    ) -> None:
-        """Update ``layer.input_range`` from inputs ``x`` [..., in] of one micro-batch.
+    def update(self, x: Tensor, row_mask: Tensor | None, ranges: Tensor, batches: Tensor) -> None:
+        """Take a micro-batch of inputs ``x`` [..., in] into ``ranges`` and ``batches``, in place.
 
         Args:
-            step: What identifies the optimizer step; None: every call is a batch of its own.
+            row_mask: [T] bool, False where a token does not count; None: all count.
+            ranges, batches: The layer's ``input_range`` [K] and ``range_batches``.
         """
+        state = self.layer.state
+        # Without a seed every call is a batch of its own.
+        step: Hashable = None if state is None or state.seed is None else (state.run, state.step)
+        micro = 0 if state is None else state.micro_batch
         if step is None or step != self.step:
             self.step, self.seen, self.sums = step, set(), None
-            finished = layer.range_batches >= self.batches
-            self.base = None if finished else layer.input_range.detach().clone()
+            self.base = None if batches >= self.batches else ranges.clone()
         elif micro in self.seen:
             return
         if self.base is None:  # the step began after the last batch
             return
         self.seen.add(micro)
-        sums = all_reduce_sum(_moments(x, row_mask, layer.tiles))
+        sums = all_reduce_sum(_moments(x, row_mask, self.layer.tiles))
         if not sums[0, 0] > 0:  # no token came here: an expert that none was routed to
             return
         if self.sums is None:
-            layer.range_batches += 1
+            batches += 1
         self.sums = sums if self.sums is None else self.sums + sums
         count, total, squares = self.sums.unbind(1)
         variance = (squares - total * total / count.clamp_min(1)) / (count - 1).clamp_min(1)
         target = self.kappa * variance.clamp_min(0).sqrt()
-        before = int(layer.range_batches) - 1
+        before = int(batches) - 1
         new = (self.base.double() * before + target) / (before + 1)
-        layer.input_range.copy_(torch.where(target > 0, new, self.base.double()))
+        ranges.copy_(torch.where(target > 0, new, self.base.double()))
 
 
 def _moments(x: Tensor, row_mask: Tensor | None, tiles: list[int]) -> Tensor:
