@@ -275,6 +275,19 @@ def test_the_same_seed_gives_the_same_model_and_another_does_not(recipe):
     assert changed(first, run(2))
 
 
+def test_how_noise_is_drawn_and_kept_is_a_setting_of_the_training(recipe):
+    def run(**training):
+        model = tiny(num_hidden_layers=1)
+        training |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        made = recipe(evaluation=None, training=training)
+        train_analog(model, made, dataset=token_ids(8, LENGTH))
+        return dict(model.named_parameters())
+
+    usual = run()
+    assert changed(usual, run(keep_noise=False)) == []
+    assert changed(usual, run(noise_per="step"))
+
+
 def test_the_state_of_the_global_generator_does_not_matter(recipe, tokenizer):
     def run(seed):
         model = tiny(num_hidden_layers=1)

@@ -346,3 +346,64 @@ def test_calibration_without_data_is_an_error():
         calibrate_ranges(model, [])
     with pytest.raises(AnalogError, match=r"ranges of .* were never set"):
         copy.deepcopy(model)(token_ids())
+
+
+class _Recorder(TrainerCallback):
+    """The first layer's noisy weights in each micro-batch, read off its products."""
+
+    def __init__(self, model):
+        self.layer = next(layer for _, layer in analog_layers(model))
+        self.seen = []
+        self.layer.register_forward_hook(self._note)
+
+    def _note(self, layer, args, output):
+        if not layer.training or getattr(self, "busy", False):
+            return
+        self.busy = True
+        with torch.no_grad():
+            self.seen.append(layer(torch.eye(layer.in_features)))
+        self.busy = False
+
+
+@pytest.mark.parametrize("noise_per", ["forward", "step"])
+def test_noise_per_step_is_shared_by_its_micro_batches_alone(noise_per, make_trainer):
+    trainer = make_trainer(
+        gradient_accumulation_steps=2, max_steps=2, learning_rate=0.0, own={"noise_per": noise_per}
+    )
+    recorder = _Recorder(trainer.model)
+    trainer.train()
+    a, b, c, d = recorder.seen
+    shared = noise_per == "step"
+    assert torch.equal(a, b) == torch.equal(c, d) == shared
+    assert not torch.equal(a, c)
+
+
+def test_noise_that_is_drawn_again_trains_the_same_model(make_trainer, weights):
+    def train(keep_noise):
+        trainer = make_trainer(own={"keep_noise": keep_noise})
+        trainer.train()
+        return weights(trainer.model)
+
+    assert_equal(train(True), train(False))
+
+
+def test_settings_of_the_noise_beside_a_callback_are_refused(make_trainer):
+    callbacks = [AnalogCallback()]
+    with pytest.raises(AnalogError, match=r"write AnalogCallback\(noise_per='step'\) alone"):
+        make_trainer(own={"callbacks": callbacks, "noise_per": "step"})
+    with pytest.raises(AnalogError, match="must be 'forward' or 'step'"):
+        AnalogCallback(noise_per="batch")
+
+
+def test_a_compiled_training_is_one_graph_with_the_same_losses(make_trainer):
+    torch._dynamo.reset()
+    scheme = {"output_bits": None}  # a code that falls to another side would spread
+    plain = make_trainer(scheme=scheme)
+    plain.train()
+    torch.manual_seed(0)
+    compiled = make_trainer(scheme=scheme, torch_compile=True, torch_compile_backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+    torch._dynamo.reset()
