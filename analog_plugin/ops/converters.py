@@ -96,27 +96,26 @@ def _find_clipped(
     block: Tensor, codes: Tensor, input_range: Tensor, levels: int, start: int
 ) -> Clipped:
     # Only codes at the ends can be clipped inputs; few are, so look at those alone.
-    row, column = _positions(codes.abs().clamp_min_(levels - 1).sub_(levels - 1))
+    index = _marked(codes.abs().clamp_min_(levels - 1).sub_(levels - 1))
+    row, column = index // codes.shape[1], index % codes.shape[1]
     values = block[row, column].float().abs()
     on_or_beyond = values >= input_range
     row, column, values = row[on_or_beyond], column[on_or_beyond], values[on_or_beyond]
     return Clipped(row, column + start, values > input_range)
 
 
-def _positions(marks: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the few entries of ``marks`` [T, n], one or two bytes each, not zero.
+def _marked(marks: Tensor) -> Tensor:
+    """Flat indices of the few entries of ``marks``, one or two bytes each, that are not zero.
 
     Whole words are searched first: comparing and searching byte by byte takes ten times as long.
     """
     per_word = 8 // marks.itemsize
-    if marks.numel() % per_word:
-        row, column = marks.nonzero().unbind(1)
-        return row, column
     flat = marks.contiguous().view(-1)
+    if len(flat) % per_word:
+        return flat.nonzero().squeeze(1)
     words = flat.view(torch.int64).nonzero().squeeze(1)
     word, place = flat.view(-1, per_word)[words].nonzero().unbind(1)
-    index = words[word] * per_word + place
-    return index // marks.shape[1], index % marks.shape[1]
+    return words[word] * per_word + place
 
 
 def count_clipped(
@@ -140,20 +139,22 @@ def convert_outputs(
     ``block`` is overwritten if it is fp32.
 
     Returns:
-        The codes, and the int8 factor of their gradients: 0 where the ADC saturated, else 1. None
-        in place of the factor: it is 1 everywhere, or not asked for.
+        The codes, and the flat indices of saturated ones; None: there are none, or not asked for.
     """
     levels = scheme.output_levels
     assert levels is not None
     unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme))
     inverse = torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
     code = block.float().mul_(inverse).round_()
-    passed = None
-    # Extremes cost a fraction of the factor, but on a GPU they would have to be waited for.
+    saturated = None
+    # Extremes cost a fraction of the search, but on a GPU they would have to be waited for.
     if for_backward and (code.is_cuda or (code.numel() and largest_magnitude(code) > levels)):
         # Arithmetic on whole numbers: a CPU compares several times more slowly.
-        passed = code.abs().clamp_(levels, levels + 1).sub_(levels + 1).neg_().to(torch.int8)
-    return code.clamp_(-levels, levels), passed
+        marks = code.abs().clamp_(levels, levels + 1).sub_(levels).to(torch.int8)
+        saturated = _marked(marks)
+        if code.numel() < 2**31:  # half the memory
+            saturated = saturated.int()
+    return code.clamp_(-levels, levels), saturated
 
 
 def adc_step(scheme: AnalogScheme) -> float:

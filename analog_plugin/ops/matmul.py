@@ -106,7 +106,7 @@ class _AnalogMatmul(torch.autograd.Function):
         made = digitize_inputs(rows, input_range, tiles, scheme, dtype, for_backward)
         if context.clip_counts is not None and made.clipped is not None:
             count_clipped(context.clip_counts, made.clipped, tiles, len(rows), context.row_mask)
-        out, ctx.passed = _tile_products(made, noisy, column_max, context, for_backward)
+        out, ctx.saturated = _tile_products(made, noisy, column_max, context, for_backward)
         ctx.analog, ctx.shape, ctx.x_dtype = context, x.shape, x.dtype
         ctx.weight_dtype = weight.dtype
         if for_backward:
@@ -143,11 +143,10 @@ class _AnalogMatmul(torch.autograd.Function):
             scales = [s.expand(s.shape[0], n) for s, n in zip(ctx.scales, tiles, strict=True)]
             inputs = torch.empty(codes.shape, dtype=context.dtype, device=codes.device)
             torch.mul(codes, ctx.scales[0] if len(tiles) == 1 else torch.cat(scales, 1), out=inputs)
-        masked = any(passed is not None for passed in ctx.passed)
+        masked = any(index is not None for index in ctx.saturated)
         blocks = tile_bounds(tiles) if masked else [(0, codes.shape[1])]
         for k, (start, end) in enumerate(blocks):
-            passed = ctx.passed[k] if masked else None
-            block = grad if passed is None else passed.to(grad.dtype).mul_(grad)
+            block = _without(grad, ctx.saturated[k] if masked else None)
             if grad_x is not None:
                 _product(block, noisy[:, start:end], grad_x[:, start:end])
             if grad_w is not None:
@@ -164,10 +163,10 @@ class _AnalogMatmul(torch.autograd.Function):
 def _tile_products(
     made: Digitized, noisy: Tensor, column_max: Tensor, context: MatmulContext, for_backward: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Sum of all tiles' outputs [T, out], and of each tile the factor of its gradients, if any."""
+    """Sum of all tiles' outputs [T, out], and of each tile the indices of its saturated ones."""
     scheme, full = context.scheme, input_full_scale(context.scheme)
     out: Tensor | None = None
-    factors: list[Tensor | None] = []
+    saturated: list[Tensor | None] = []
     for k, (start, end) in enumerate(tile_bounds(context.tiles)):
         tile = made.inputs[:, start:end], noisy[:, start:end]
         block = tile[0] @ tile[1].t()
@@ -175,8 +174,8 @@ def _tile_products(
         if disturbances is not None:
             block = disturb(block, *tile, scheme, disturbances)
         if scheme.output_bits is not None:
-            block, passed = convert_outputs(block, column_max[k], scheme, for_backward)
-            factors.append(passed)
+            block, index = convert_outputs(block, column_max[k], scheme, for_backward)
+            saturated.append(index)
             factor = (column_max[k].float() * adc_step(scheme)) * made.scales[k]
         else:
             factor = made.scales[k] * full
@@ -185,7 +184,14 @@ def _tile_products(
         else:
             out.addcmul_(block.float(), factor.expand(block.shape))
     assert out is not None  # a layer has at least one tile
-    return out, factors
+    return out, saturated
+
+
+def _without(grad: Tensor, index: Tensor | None) -> Tensor:
+    """``grad`` [T, out] with zeros at flat indices; itself where there are none."""
+    if index is None:
+        return grad
+    return grad.contiguous().clone().view(-1).index_fill_(0, index.long(), 0).view(grad.shape)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
