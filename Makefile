@@ -51,8 +51,12 @@ format: setup ## Reformat
 typecheck: setup ## mypy on both source trees
 	$(BIN)/mypy
 
-bench: setup ## Time and memory against named peers
-	$(BIN)/python benchmarks/linear.py
+bench: setup ## Time and memory against named peers, on one thread, into docs/performance.md
+	$(BIN)/python benchmarks/linear.py --output benchmarks/results/linear.json
+	$(BIN)/python benchmarks/loss.py --output benchmarks/results/loss.json
+	$(BIN)/python benchmarks/step.py --output benchmarks/results/step.json
+	$(BIN)/python benchmarks/noise.py --output benchmarks/results/noise.json
+	$(BIN)/python benchmarks/page.py
 
 clean: ## Remove caches and build outputs (not .venv)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,183 +1,156 @@
-"""Forward and backward of ``AnalogLinear`` against ``nn.Linear`` and aihwkit-lightning.
+"""Forward and backward of one analog layer: ours, aihwkit-lightning's, aihwkit's, torchao's.
 
-The peers run interleaved in one process, on one thread; the figures are medians of CPU time, as
-ratios, with the interquartile range, and the bytes that each layer keeps for its backward.
+The peers run interleaved in one process, on one thread. Figures are medians of paired ratios of CPU
+time with their interquartile range, and the bytes that a layer keeps for its backward beside its
+parameters, input and output.
 
-    python benchmarks/linear.py [--shapes 576x576,2048x8192] [--tokens 512] [--repeats 15]
+    python benchmarks/linear.py [--shapes 576x576,2048x8192] [--tokens 512] [--repeats 9]
+
+All analog layers have 8-bit inputs with a learned range, 8-bit outputs and 3 % weight noise, with
+one tile a layer and with tiles of at most 512 rows. torchao's is int8 quantization-aware training,
+without tiles, noise or ADC.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import measure
+import peers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from analog_plugin import AnalogScheme
-from analog_plugin.layers import AnalogLinear
-
-RANGE = 4.0
-
-
-def analog(linear: nn.Linear, tile_rows: int | None) -> nn.Module:
-    layer = AnalogLinear.from_linear(linear, AnalogScheme(tile_rows=tile_rows))
-    layer.set_input_range(RANGE)
-    return layer.train()
-
-
-def lightning(linear: nn.Linear, tile_rows: int | None) -> nn.Module:
-    from aihwkit_lightning.nn import AnalogLinear as LightningLinear
-    from aihwkit_lightning.simulator.configs import (
-        TorchInferenceRPUConfig,
-        WeightClipType,
-        WeightNoiseInjectionType,
-    )
-
-    config = TorchInferenceRPUConfig()
-    config.forward.inp_res = config.forward.out_res = 254
-    config.forward.out_bound, config.forward.out_noise = 14.0, 0.0
-    config.clip.type, config.clip.sigma = WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, 2.5
-    config.modifier.noise_type = WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL
-    config.modifier.std_dev = 0.03
-    ranges = config.pre_post.input_range
-    ranges.enable, ranges.learn_input_range, ranges.init_from_data = True, True, 0
-    config.mapping.max_input_size = tile_rows or -1
-    layer = LightningLinear.from_digital(linear, config)
-    layer.input_range.data.fill_(RANGE)
-    return layer.train()
-
-
-def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
-    layer(x).backward(grad)
-
-
-def kept_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Storage held for backward beyond parameters and input, each storage counted once."""
-    held: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    own.add(x.untyped_storage().data_ptr())
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    # What a custom function keeps on its context rather than through the hooks.
-    for node in _nodes(y.grad_fn):
-        for value in vars(node).values() if hasattr(node, "__dict__") else ():
-            for tensor in _tensors(value):
-                if tensor.untyped_storage().data_ptr() not in own:
-                    held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(held.values())
-
-
-def _nodes(root) -> list:
-    seen, queue = [], [root]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.append(node)
-            queue += [following for following, _ in node.next_functions]
-    return seen
-
-
-def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
+#: (input) x (output) features: SmolLM2-135M and Llama-3.2-1B.
+CPU_SHAPES = "576x576,576x1536,2048x2048,2048x8192"
+#: Llama-3.2-1B and Phi-3-mini, whose projections are fused.
+GPU_SHAPES = "2048x2048,2048x8192,8192x2048,3072x3072,3072x9216,3072x16384,8192x3072"
+ANALOG = (peers.OURS, peers.LIGHTNING, peers.AIHWKIT)
 
 
 def compare(
-    layers: dict[str, nn.Module], x: Tensor, grad: Tensor, repeats: int
-) -> dict[str, list[float]]:
-    """CPU seconds of each repetition, peers interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    for repeat in range(repeats + 2):
-        for name, layer in layers.items():
-            layer.zero_grad(set_to_none=False)
-            start = time.process_time()
-            step(layer, x, grad)
-            if repeat >= 2:  # the first two warm up
-                times[name].append(time.process_time() - start)
-    return times
+    shape: str, dtype: str, tile_rows: int | None, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row a peer."""
+    device, type_ = arguments.device, measure.DTYPES[dtype]
+    inputs, outputs = map(int, shape.split("x"))
+    chosen = [peers.PLAIN, *ANALOG]
+    if dtype != "float32":
+        chosen.remove(peers.AIHWKIT)  # computes in fp32 only
+    if tile_rows is None:
+        chosen.append(peers.TORCHAO)
+    away = peers.absent(chosen)
+    layers = {}
+    for name in chosen:
+        if name not in away:
+            linear = nn.Linear(inputs, outputs, bias=False, device=device, dtype=type_)
+            # Normal, as trained weights are and the usual initialisation is not: the ADC's range
+            # follows the largest weight.
+            nn.init.normal_(linear.weight, std=inputs**-0.5)
+            layers[name] = peers.layer(name, linear, tile_rows)
+    x = torch.randn(arguments.tokens, inputs, device=device, dtype=type_, requires_grad=True)
+    grad = torch.randn(arguments.tokens, outputs, device=device, dtype=type_)
+
+    def step(layer: nn.Module) -> None:
+        layer.zero_grad(set_to_none=False)
+        layer(x).backward(grad.clone())  # one of them writes into the gradient that it is given
+
+    # Large layers vary less from round to round.
+    repeats = max(3, arguments.repeats // 2) if inputs * outputs > 2**23 else arguments.repeats
+    actions = {name: lambda layer=layer: step(layer) for name, layer in layers.items()}
+    times = measure.interleave(actions, repeats, device)
+    many = torch.randn(arguments.kept_tokens, inputs, device=device, dtype=type_)
+    many.requires_grad_()
+    key = {"shape": shape, "dtype": dtype, "tile_rows": tile_rows}
+    rows: list[dict[str, Any]] = [key | {"peer": name, "why": why} for name, why in away.items()]
+    for name, layer in layers.items():
+        rows.append(
+            key
+            | {
+                "peer": name,
+                "seconds": times[name],
+                "to_linear": measure.ratio(times[name], times[peers.PLAIN]),
+                "ours_to_it": measure.ratio(times[peers.OURS], times[name]),
+                "kept_bytes": measure.kept_bytes(lambda layer=layer: layer(x), device),
+                "kept_bytes_of_many": measure.kept_bytes(lambda layer=layer: layer(many), device),
+            }
+        )
+    return rows
 
 
-def ratio(a: list[float], b: list[float]) -> tuple[float, float]:
-    """Median of paired ratios, and their interquartile range."""
-    pairs = [x / y for x, y in zip(a, b, strict=True)]
-    quartiles = statistics.quantiles(pairs, n=4)
-    return statistics.median(pairs), quartiles[2] - quartiles[0]
+def cases(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of a shape, type and tiling by their peers."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = row["shape"], row["dtype"], row["tile_rows"]
+        found.setdefault(key, {})[row["peer"]] = row
+    return found
+
+
+def tables(record: Mapping[str, Any]) -> dict[str, str]:
+    """Markdown of what :func:`measure.record` gave: ``"linear"`` and ``"kept"``."""
+    rows, settings = record["rows"], record["settings"]
+    tokens, many = (settings["arguments"][name] for name in ("tokens", "kept_tokens"))
+    away = {row["peer"]: row["why"] for row in rows if "why" in row}
+    notes = "".join(f"\n\n{peer}: {why}." for peer, why in away.items())
+    kept = [_kept_table(rows, "kept_bytes", tokens)]
+    if many != tokens:
+        kept.append(_kept_table(rows, "kept_bytes_of_many", many))
+    return {
+        "linear": f"{tokens} tokens, {settings['machine']}:\n\n{_time_table(rows)}{notes}",
+        "kept": "\n\n".join(kept),
+    }
+
+
+def _time_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    others = (peers.LIGHTNING, peers.AIHWKIT, peers.TORCHAO)
+    heads = [f"{name} / nn.Linear" for name in ("ours", *others)] + ["ours / aihwkit-lightning"]
+    lines = []
+    for (shape, dtype, tile_rows), by_peer in cases(rows).items():
+        cells = [_cell(by_peer, name, "to_linear") for name in (peers.OURS, *others)]
+        cells.append(_cell(by_peer, peers.LIGHTNING, "ours_to_it"))
+        lines.append([shape, dtype, _tiles(tile_rows), *cells])
+    return measure.markdown(["shape", "type", "tiles", *heads], lines)
+
+
+def _kept_table(rows: Sequence[Mapping[str, Any]], which: str, tokens: int) -> str:
+    lines = []
+    for (shape, dtype, tile_rows), by_peer in cases(rows).items():
+        sizes = [measure.megabytes(by_peer.get(name, {}).get(which)) for name in ANALOG]
+        lines.append([shape, dtype, _tiles(tile_rows), *sizes])
+    table = measure.markdown(["shape", "type", "tiles", "ours", *ANALOG[1:]], lines)
+    return f"{tokens} tokens:\n\n{table}"
+
+
+def _cell(by_peer: Mapping[str, Any], peer: str, figure: str) -> str:
+    row = by_peer.get(peer, {})
+    return "not installed" if "why" in row else measure.shown(row.get(figure))
+
+
+def _tiles(tile_rows: int | None) -> str:
+    return "one" if tile_rows is None else f"{tile_rows} rows"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="576x576,576x1536,2048x2048,2048x8192")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="also write the rows as JSON")
+    parser = measure.parser(__doc__)
+    parser.add_argument("--shapes", help="inputs x outputs: 576x576,2048x8192")
+    parser.add_argument("--tokens", type=int, help="rows of the input (512; on a GPU 4096)")
+    parser.add_argument("--kept-tokens", type=int, help="also for kept bytes (2048; GPU 4096)")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds; half for large layers")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    makers: dict[str, Callable[[nn.Linear, int | None], nn.Module]] = {
-        "analog-plugin": analog,
-        "aihwkit-lightning": lightning,
-    }
-    rows = []
-    print(f"forward + backward, {arguments.tokens} tokens, one thread, median (IQR)")
-    print(
-        "| shape | type | tiles | ours / nn.Linear | ours / lightning | lightning / nn.Linear "
-        "| kept, ours | kept, lightning |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    dtypes = measure.begin(arguments)
+    gpu = arguments.device.type == "cuda"
+    arguments.shapes = arguments.shapes or (GPU_SHAPES if gpu else CPU_SHAPES)
+    arguments.tokens = arguments.tokens or (4096 if gpu else 512)
+    arguments.kept_tokens = arguments.kept_tokens or (4096 if gpu else 2048)
+    rows: list[dict[str, Any]] = []
     for shape in arguments.shapes.split(","):
-        inputs, outputs = map(int, shape.split("x"))
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes:
             for tile_rows in (None, 512):
-                linear = nn.Linear(inputs, outputs, bias=False).to(dtype)
-                layers: dict[str, nn.Module] = {"nn.Linear": linear}
-                for name, make in makers.items():
-                    own = nn.Linear(inputs, outputs, bias=False).to(dtype)
-                    layers[name] = make(own, tile_rows)
-                x = torch.randn(arguments.tokens, inputs, dtype=dtype, requires_grad=True)
-                grad = torch.randn(arguments.tokens, outputs, dtype=dtype)
-                times = compare(layers, x, grad, arguments.repeats)
-                kept = {name: kept_bytes(layer, x) for name, layer in layers.items()}
-                ours, peer, plain = (
-                    times[n] for n in ("analog-plugin", "aihwkit-lightning", "nn.Linear")
-                )
-                figures = [ratio(ours, plain), ratio(ours, peer), ratio(peer, plain)]
-                cells = [f"{m:.2f} ({s:.2f})" for m, s in figures]
-                memory = [f"{kept[n] / 1e6:.1f} MB" for n in makers]
-                print(
-                    f"| {shape} | {str(dtype)[6:]} | {tile_rows or 'one'} | "
-                    + " | ".join(cells + memory)
-                    + " |",
-                    flush=True,
-                )
-                rows.append(
-                    {
-                        "shape": shape,
-                        "dtype": str(dtype)[6:],
-                        "tile_rows": tile_rows,
-                        "ratios": dict(
-                            zip(("linear", "lightning", "lightning_linear"), figures, strict=True)
-                        ),
-                        "kept_bytes": kept,
-                    }
-                )
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+                rows += compare(shape, dtype, tile_rows, arguments)
+    made = measure.record(arguments, rows)
+    measure.finish(arguments, made, tables(made).values())
 
 
 if __name__ == "__main__":

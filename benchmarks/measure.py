@@ -1,0 +1,209 @@
+"""What the benchmarks share: interleaved timing, paired ratios, memory, tables, JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKAGES = (
+    "analog-plugin", "torch", "transformers", "aihwkit-lightning", "aihwkit", "torchao",
+    "liger-kernel",
+)  # fmt: skip
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of CPU time of this process; on a GPU of wall time, once its work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def interleave(
+    actions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    warmup: int = 2,
+) -> dict[str, list[float]]:
+    """Seconds of each action in each round.
+
+    Every round runs all actions, each time beginning with another one: what slows the machine down
+    for a while falls on all of them, and none always follows the same one.
+    """
+    names = list(actions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(warmup + repeats):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            start = clock(device)
+            actions[name]()
+            if round_ >= warmup:
+                times[name].append(clock(device) - start)
+    return times
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Median of the rounds' ratios a / b, and their interquartile range."""
+    pairs = [x / y for x, y in zip(a, b, strict=True)]
+    low, high = min(pairs), max(pairs)
+    if len(pairs) > 1:
+        low, _, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return {"median": round(statistics.median(pairs), 4), "iqr": round(high - low, 4)}
+
+
+def shown(figure: Mapping[str, float] | None) -> str:
+    """A ratio in a table: median (interquartile range)."""
+    return "" if figure is None else f"{figure['median']:.2f} ({figure['iqr']:.2f})"
+
+
+def megabytes(number: float | None) -> str:
+    return "" if number is None else f"{number / 1e6:.1f} MB"
+
+
+class MemoryUse:
+    """Bytes of the tensors made within this context: at the worst moment, and left at its end.
+
+    Attributes:
+        peak, left: Known after the context. On a CPU they are the sum over the storages of all
+            tensors that operators gave, without what an operator itself needs; on a GPU the
+            allocator's own figures.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.peak = self.left = 0
+        self._live = None if device.type == "cuda" else _LiveBytes()
+
+    def __enter__(self) -> MemoryUse:
+        if self._live is not None:
+            self._live.__enter__()
+        else:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*error)
+            self.peak, self.left = self._live.peak, self._live.now
+        else:
+            torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated() - self._before
+            self.left = torch.cuda.memory_allocated() - self._before
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the storages of what operators give, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(made):
+            key = storage._cdata
+            if key not in given and key not in self._known:  # neither a view nor in place
+                self._known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key, storage.nbytes()).atexit = False
+        return made
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _storages(values: Any) -> Iterable[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def kept_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
+    """Bytes that ``forward`` leaves for its backward, beside parameters, inputs and its output."""
+    forward()  # what is made once and kept is none of it
+    with MemoryUse(device) as use:
+        output = forward()
+    return use.left - output.untyped_storage().nbytes()
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """With the arguments that all benchmarks have."""
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    made.add_argument("--dtypes", help="float32,bfloat16 (default: both; on a GPU bfloat16)")
+    made.add_argument("--output", type=Path, help="also write everything as JSON")
+    return made
+
+
+def begin(arguments: argparse.Namespace) -> list[str]:
+    """One thread, one seed; the names of the types to measure."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    usual = "bfloat16" if arguments.device.type == "cuda" else "float32,bfloat16"
+    return (arguments.dtypes or usual).split(",")
+
+
+def machine(device: torch.device) -> str:
+    """The processor that is measured, by the name that it gives itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        name = next(named, name).partition(":")[2].strip() or name
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({capability}), {torch.get_num_threads()} thread"
+
+
+def record(
+    arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """All that was measured, and where and with what, as plain values."""
+    given = {k: v for k, v in vars(arguments).items() if k not in ("device", "output")}
+    settings = {
+        "machine": machine(arguments.device),
+        "arguments": given | {"device": str(arguments.device)},
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    return {"settings": settings, "rows": list(rows), **more}
+
+
+def finish(arguments: argparse.Namespace, made: Mapping[str, Any], tables: Iterable[str]) -> None:
+    """Print the tables, and write the record where ``--output`` says."""
+    print("\n\n".join(tables))
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(made, indent=1) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

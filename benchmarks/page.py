@@ -1,0 +1,135 @@
+"""Write the benchmarks' tables into the documentation, and draw them.
+
+    python benchmarks/page.py [--results benchmarks/results] [--page docs/performance.md]
+        [--picture docs/images/performance.png]
+
+Tables go between the comments `<!-- begin NAME -->` and `<!-- end NAME -->` of the page; what a
+benchmark has not measured stays as it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import linear
+import loss
+import matplotlib
+import noise
+import peers
+import step
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+BENCHMARKS = {"linear": linear, "loss": loss, "step": step, "noise": noise}
+#: Told apart with any colour vision (Okabe and Ito's palette).
+COLOURS = {
+    step.DISTILLATION: "#999999", peers.OURS: "#0072b2", peers.LIGHTNING: "#d55e00",
+    peers.AIHWKIT: "#009e73",
+}  # fmt: skip
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """The page with each table between its comments."""
+    for name, table in tables.items():
+        around = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not around.search(text):
+            raise SystemExit(f"The page has no <!-- begin {name} --> ... <!-- end {name} -->.")
+        text = around.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    return text
+
+
+def versions(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """On what was measured, in a sentence for each different answer."""
+    said: dict[str, list[str]] = {}
+    for name, record in records.items():
+        settings = record["settings"]
+        packages = (f"{package} {number}" for package, number in settings["versions"].items())
+        said.setdefault(f"{settings['machine']}; {', '.join(packages)}", []).append(f"`{name}.py`")
+    return "\n".join(f"Measured by {', '.join(names)} on {where}." for where, names in said.items())
+
+
+def draw(records: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    """Ratios as bars: whole steps, and single layers in either type."""
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    first, *rest = figure.subplots(1, 3, width_ratios=[1, 1.5, 1.5])
+    rows = records["step"]["rows"]
+    values = {
+        name: {
+            r["dtype"]: r["to_fine_tuning"] for r in rows if r["peer"] == name and "why" not in r
+        }
+        for name in (step.DISTILLATION, peers.OURS, peers.LIGHTNING)
+    }
+    _bars(first, values, "whole step / fine-tuning")
+    layers = [r for r in records["linear"]["rows"] if r["tile_rows"] is None and "why" not in r]
+    for axis, dtype in zip(rest, ("float32", "bfloat16"), strict=True):
+        values = {
+            name: {
+                r["shape"]: r["to_linear"]
+                for r in layers
+                if r["peer"] == name and r["dtype"] == dtype
+            }
+            for name in linear.ANALOG
+        }
+        _bars(axis, values, f"one layer / nn.Linear, {dtype}")
+    handles = {label: h for axis in (first, *rest) for h, label in _handles(axis)}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
+    where = records["step"]["settings"]["machine"]
+    figure.suptitle(f"CPU time, forward and backward: {where}", fontsize=8, x=0.01, ha="left")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=160)
+
+
+def _bars(axis: Any, values: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """One group a key of the inner mappings, one bar a name, with its interquartile range."""
+    shown = {name: found for name, found in values.items() if found}
+    groups = list(dict.fromkeys(key for found in shown.values() for key in found))
+    width = 0.8 / max(len(shown), 1)
+    for place, (name, found) in enumerate(shown.items()):
+        at = [groups.index(key) + (place - (len(shown) - 1) / 2) * width for key in found]
+        heights = [figure["median"] for figure in found.values()]
+        spread = [figure["iqr"] / 2 for figure in found.values()]
+        axis.bar(
+            at, heights, 0.92 * width, yerr=spread, color=COLOURS[name], label=name,
+            error_kw={"lw": 0.8},
+        )  # fmt: skip
+        for x, height in zip(at, heights, strict=True):
+            axis.annotate(
+                f"{height:.2f}", (x, 0.05), ha="center", fontsize=5.5, color="white", rotation=90
+            )
+    axis.axhline(1.0, color="#222222", lw=0.8)
+    axis.set_xticks(range(len(groups)), groups, fontsize=7)
+    axis.set_title(title, fontsize=8, loc="left")
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _handles(axis: Any) -> list[tuple[Any, str]]:
+    return list(zip(*axis.get_legend_handles_labels(), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/performance.png"))
+    arguments = parser.parse_args()
+    files = {name: arguments.results / f"{name}.json" for name in BENCHMARKS}
+    records = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    tables = {"machine": versions(records)}
+    for name, record in records.items():
+        tables |= BENCHMARKS[name].tables(record)
+    arguments.page.write_text(fill(arguments.page.read_text("utf-8"), tables), "utf-8")
+    if {"step", "linear"} <= set(records):
+        draw(records, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The benchmarks run, write what they measured as JSON, and fill the page that shows it."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+TINY = {
+    "linear": "--shapes 32x48 --tokens 8 --kept-tokens 16 --repeats 2",
+    "loss": "--tokens 16 --vocabulary 64 --hidden 16 --repeats 2",
+    "step": "--model tiny --rows 2 --length 8 --repeats 2",
+    "noise": "--model tiny --repeats 2",
+}
+PEERS = {
+    "linear": {"nn.Linear", "analog-plugin", "aihwkit-lightning", "aihwkit", "torchao"},
+    "loss": {"whole logits", "analog-plugin", "liger-kernel"},
+    "step": {"fine-tuning", "distillation", "analog-plugin", "aihwkit-lightning"},
+    "noise": {"weight + sigma * randn", "analog-plugin", "aihwkit"},
+}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Runs a benchmark as a script, in this process."""
+    threads, modules = torch.get_num_threads(), set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+
+    yield run
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - modules:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+def test_every_benchmark_runs_and_its_page_is_written(benchmark, tmp_path, capsys):
+    for name, arguments in TINY.items():
+        benchmark(name, *arguments.split(), "--output", tmp_path / f"{name}.json")
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["settings"]["versions"]["torch"] == torch.__version__
+        assert record["settings"]["machine"].endswith("1 thread")
+        rows = record["rows"]
+        assert {row["peer"] for row in rows} == PEERS[name]
+        for row in rows:
+            if "why" in row:
+                assert "pip install" in row["why"] or "GPU" in row["why"]
+            else:
+                assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        assert "1 thread:\n\n| " in capsys.readouterr().out
+
+    (page := tmp_path / "page.md").write_text((ROOT / "docs" / "performance.md").read_text("utf-8"))
+    picture = tmp_path / "picture.png"
+    benchmark("page", "--results", tmp_path, "--page", page, "--picture", picture)
+    text = page.read_text("utf-8")
+    assert "tiny, all decoder layers" in text and "| 32x48 | float32 | one |" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    before = text
+    benchmark("page", "--results", tmp_path, "--page", page, "--picture", picture)
+    assert page.read_text("utf-8") == before
+
+
+def test_the_parts_of_a_step_add_up_to_it(benchmark, tmp_path):
+    output = tmp_path / "step.json"
+    benchmark("step", *TINY["step"].split(), "--dtypes", "float32", "--output", output)
+    shares = {row["part"]: row["share"] for row in json.loads(output.read_text())["profile"]}
+    assert len(shares) == 7 and min(shares.values()) > 0
+    assert sum(shares.values()) == pytest.approx(1.0, abs=0.1)  # medians of each
+
+
+def test_memory_use_is_what_the_allocator_reports(benchmark):
+    import measure
+    from torch import nn
+
+    layers = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64))
+    x = torch.randn(128, 64)
+
+    def step():
+        layers(x).square().mean().backward()
+        layers.zero_grad()
+
+    step()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    with measure.MemoryUse(torch.device("cpu")) as use:
+        step()
+    assert use.peak == pytest.approx(peak, rel=0.01)
+    assert use.left == 0
+
+
+def test_a_layer_keeps_what_its_backward_needs(benchmark):
+    import measure
+    from torch import nn
+
+    x, linear = torch.randn(10, 6, requires_grad=True), nn.Linear(6, 4)
+    cpu = torch.device("cpu")
+    assert measure.kept_bytes(lambda: linear(x), cpu) == 0
+    # The sigmoid's backward needs its output, which is not counted; the square's needs its input.
+    assert measure.kept_bytes(lambda: x.sigmoid().square(), cpu) == 10 * 6 * 4
