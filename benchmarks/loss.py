@@ -28,14 +28,17 @@ Loss = Callable[[Tensor, Tensor, nn.Linear, nn.Linear], Tensor]
 
 def naive(student: Tensor, teacher: Tensor, head: nn.Linear, teacher_head: nn.Linear) -> Tensor:
     with torch.no_grad():
-        goal = teacher_head(teacher)
-    return whole_logits_kl(head(student), goal)
+        goal = log_probabilities(teacher_head(teacher))
+    return kl(log_probabilities(head(student)), goal)
 
 
-def whole_logits_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL of logits [T, V] as programs usually write it."""
-    made, goal = (F.log_softmax(logits.float(), dim=-1) for logits in (student, teacher))
-    return F.kl_div(made, goal, reduction="batchmean", log_target=True)
+def log_probabilities(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), dim=-1)
+
+
+def kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL of log-probabilities [T, V], as programs usually write it."""
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def ours(student: Tensor, teacher: Tensor, head: nn.Linear, teacher_head: nn.Linear) -> Tensor:

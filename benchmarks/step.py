@@ -21,30 +21,27 @@ before), and the share of each part in our step. The default needs 12 GB of memo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import measure
 import peers
 import torch
-from loss import whole_logits_kl
+from loss import kl, log_probabilities
 from models import SIZES, random_model
+from parts import MeasuredCallback, MeasuredTrainer, Parts
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from analog_plugin import AnalogCallback, AnalogTrainer, convert_to_analog
+from analog_plugin import convert_to_analog
 from analog_plugin.layers import analog_layers
 
 FINE_TUNING, DISTILLATION = "fine-tuning", "distillation"
 MAX_GRAD_NORM, LEARNING_RATE = 1.0, 1e-4
 WARMUP = 1
-TOTAL, STEP, LOSS = "total", "training step", "compute loss"
-TEACHER, STUDENT = "teacher forward", "student forward"
-OPTIMIZER, CALLBACK = "optimizer", "clipping and callback"
 
 
 class PlainStep:
@@ -83,9 +80,9 @@ def others(
 
     def whole_logits(student: nn.Module) -> Tensor:
         with torch.no_grad(), autocast(enabled=False):
-            goal = model(input_ids=tokens, use_cache=False).logits
-        made = student(input_ids=tokens, use_cache=False).logits
-        return whole_logits_kl(made.flatten(0, 1), goal.flatten(0, 1))
+            goal = log_probabilities(model(input_ids=tokens, use_cache=False).logits)
+        made = log_probabilities(student(input_ids=tokens, use_cache=False).logits)
+        return kl(made.flatten(0, 1), goal.flatten(0, 1))
 
     made = {}
     for name, loss in ((FINE_TUNING, cross_entropy), (DISTILLATION, whole_logits)):
@@ -121,90 +118,6 @@ def _lightning(model: nn.Module, tile_rows: int | None) -> tuple[nn.Module, torc
     return student, optimizer
 
 
-class Parts:
-    """Seconds of the parts of our steps, added up since the last :meth:`take`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self._starts: dict[str, float] = {}
-
-    def start(self, name: str) -> None:
-        self._starts[name] = measure.clock(self.device)
-
-    def stop(self, name: str) -> None:
-        spent = measure.clock(self.device) - self._starts.pop(name)
-        self.seconds[name] = self.seconds.get(name, 0.0) + spent
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self.start(name)
-        yield
-        self.stop(name)
-
-    def watch(self, module: nn.Module, name: str) -> None:
-        """Take the module's forwards as a part."""
-        module.register_forward_pre_hook(lambda *_: self.start(name))
-        module.register_forward_hook(lambda *_: self.stop(name))
-
-    def take(self) -> dict[str, float]:
-        """Seconds by part; what is inside another one is taken out of it."""
-        raw, self.seconds = self.seconds, {}
-        loss, step = raw.pop(LOSS), raw.pop(STEP)
-        raw["loss with heads"] = loss - raw[STUDENT] - raw[TEACHER]
-        raw["student backward"] = step - loss
-        named = raw.pop(OPTIMIZER), raw.pop(CALLBACK)
-        rest = raw.pop(TOTAL) - step - sum(named)
-        raw |= {OPTIMIZER: named[0], CALLBACK: named[1]}
-        return raw | {"gradient norm and the Trainer's own": rest}
-
-
-class MeasuredTrainer(AnalogTrainer):
-    """Notes what its parts take."""
-
-    def __init__(self, *args: Any, parts: Parts, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.parts = parts
-        parts.watch(self.teacher.base_model, TEACHER)
-        parts.watch(self.model.base_model, STUDENT)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.parts.part(STEP):
-            return super().training_step(*args, **kwargs)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with self.parts.part(LOSS):
-            return super().compute_loss(*args, **kwargs)
-
-    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        new = self.optimizer is None
-        optimizer = super().create_optimizer(*args)
-        if new:
-            optimizer.register_step_pre_hook(lambda *_: self.parts.start(OPTIMIZER))
-            optimizer.register_step_post_hook(lambda *_: self.parts.stop(OPTIMIZER))
-        return optimizer
-
-
-class MeasuredCallback(AnalogCallback):
-    """Notes what it takes."""
-
-    def __init__(self, parts: Parts) -> None:
-        super().__init__()
-        self.parts = parts
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        with self.parts.part(CALLBACK):
-            super().on_step_begin(*args, **kwargs)
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with self.parts.part(CALLBACK):
-            super().on_pre_optimizer_step(*args, **kwargs)
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with self.parts.part(CALLBACK):
-            super().on_optimizer_step(*args, **kwargs)
-
-
 class Rounds(TrainerCallback):
     """Times our steps and, between them, runs and times one step of each other peer.
 
@@ -221,16 +134,14 @@ class Rounds(TrainerCallback):
         self._memory = measure.MemoryUse(self.device)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.parts.start(TOTAL)
+        self.parts.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         round_ = state.global_step - 1
-        self.parts.stop(TOTAL)
+        total, parts = self.parts.end()
         if round_ == self.last:
             self._memory.__exit__(None, None, None)
             self.peaks[peers.OURS] = self._memory.peak
-        total = self.parts.seconds[TOTAL]
-        parts = self.parts.take()
         if WARMUP <= round_ < self.last:
             self.times[peers.OURS].append(total)
             self.shares.append({name: spent / total for name, spent in parts.items()})
@@ -240,8 +151,7 @@ class Rounds(TrainerCallback):
             self._other(name, round_)
         if round_ == self.last - 1:
             self._memory.__enter__()
-        self.parts.seconds.clear()  # the others have the same teacher
-        self.parts.start(TOTAL)
+        self.parts.begin()
 
     def _other(self, name: str, round_: int) -> None:
         if round_ == self.last:
