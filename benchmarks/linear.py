@@ -65,6 +65,7 @@ def compare(
     key = {"shape": shape, "dtype": dtype, "tile_rows": tile_rows}
     rows: list[dict[str, Any]] = [key | {"peer": name, "why": why} for name, why in away.items()]
     for name, layer in layers.items():
+        kept = [measure.kept_bytes(lambda layer=layer, x=x: layer(x), device) for x in (x, many)]
         rows.append(
             key
             | {
@@ -72,8 +73,8 @@ def compare(
                 "seconds": times[name],
                 "to_linear": measure.ratio(times[name], times[peers.PLAIN]),
                 "ours_to_it": measure.ratio(times[peers.OURS], times[name]),
-                "kept_bytes": measure.kept_bytes(lambda layer=layer: layer(x), device),
-                "kept_bytes_of_many": measure.kept_bytes(lambda layer=layer: layer(many), device),
+                "kept_bytes": kept[0],
+                "kept_bytes_of_many": kept[1],
             }
         )
     return rows

@@ -86,15 +86,14 @@ def compare(dtype: str, trainable: bool, arguments: argparse.Namespace) -> list[
     away = {name: why for name in LOSSES if (why := why_not(name, device)) is not None}
     rows: list[dict[str, Any]] = [key | {"peer": name, "why": why} for name, why in away.items()]
     present = {name: loss for name, loss in LOSSES.items() if name not in away}
-    values = {name: float(step(loss)) for name, loss in present.items()}
-    actions = {name: lambda loss=loss: step(loss) for name, loss in present.items()}
-    times = measure.interleave(actions, arguments.repeats, device, warmup=0)
-    peaks: dict[str, int] = {}
-    for name, loss in present.items():
+    values, peaks = {}, {}
+    for name, loss in present.items():  # warms up, too
         forget()
         with measure.MemoryUse(device) as use:
-            step(loss)
+            values[name] = float(step(loss))
         peaks[name] = use.peak - use.left
+    actions = {name: lambda loss=loss: step(loss) for name, loss in present.items()}
+    times = measure.interleave(actions, arguments.repeats, device, warmup=0)
     for name in present:
         rows.append(
             key

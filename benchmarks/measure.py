@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -79,8 +80,8 @@ class MemoryUse:
 
     Attributes:
         peak, left: Known after the context. On a CPU they are the sum over the storages of all
-            tensors that operators gave, without what an operator itself needs; on a GPU the
-            allocator's own figures.
+            tensors that operators took or gave and that were not there before, without what an
+            operator itself needs; on a GPU the allocator's own figures.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -107,24 +108,37 @@ class MemoryUse:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the storages of what operators give, until they are freed."""
+    """Counts the storages that operators meet and that were not there before, until they are freed.
+
+    Also those that no operator made, such as memory that a tensor was laid over.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
 
+    def __enter__(self) -> _LiveBytes:
+        before = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
+        before += [t.grad for t in before if t.is_leaf and t.grad is not None]
+        for storage in _storages(before):
+            self._note(storage, 0)
+        return super().__enter__()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         made = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(made):
-            key = storage._cdata
-            if key not in given and key not in self._known:  # neither a view nor in place
-                self._known.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, key, storage.nbytes()).atexit = False
+        for storage in _storages((args, kwargs, made)):
+            self._note(storage, storage.nbytes())
         return made
+
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, key, size).atexit = False
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -82,7 +82,9 @@ def draw(records: Mapping[str, Mapping[str, Any]], target: Path) -> None:
         handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
     where = records["step"]["settings"]["machine"]
-    figure.suptitle(f"CPU time, forward and backward: {where}", fontsize=8, x=0.01, ha="left")
+    figure.suptitle(
+        f"Time beside digital training, one tile a layer: {where}", fontsize=8, x=0.01, ha="left"
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160)
 

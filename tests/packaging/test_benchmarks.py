@@ -11,8 +11,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 TINY = {
-    "linear": "--shapes 32x48 --tokens 8 --kept-tokens 16 --repeats 2",
-    "loss": "--tokens 16 --vocabulary 64 --hidden 16 --repeats 2",
+    "linear": "--dtypes float32 --shapes 32x48 --tokens 8 --kept-tokens 16 --repeats 2",
+    "loss": "--dtypes bfloat16 --tokens 16 --vocabulary 64 --hidden 16 --repeats 2",
     "step": "--model tiny --rows 2 --length 8 --repeats 2",
     "noise": "--model tiny --repeats 2",
 }
@@ -107,3 +107,14 @@ def test_a_layer_keeps_what_its_backward_needs(benchmark):
     assert measure.kept_bytes(lambda: linear(x), cpu) == 0
     # The sigmoid's backward needs its output, which is not counted; the square's needs its input.
     assert measure.kept_bytes(lambda: x.sigmoid().square(), cpu) == 10 * 6 * 4
+
+
+def test_memory_that_no_operator_made_counts_too(benchmark):
+    import measure
+
+    older = torch.ones(3)
+    with measure.MemoryUse(torch.device("cpu")) as use:
+        laid_over = torch.frombuffer(bytearray(400), dtype=torch.float32)
+        sum_ = laid_over.view(10, 10).add(1).sum() + older.view(3)
+    assert use.left == 400 + 3 * 4 and sum_.shape == (3,)
+    assert use.peak == 400 + 400 + 4
