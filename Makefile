@@ -52,6 +52,7 @@ typecheck: setup ## mypy on both source trees
 	$(BIN)/mypy
 
 bench: setup ## Time and memory against named peers, on one thread, into docs/performance.md
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/linear.py --output benchmarks/results/linear.json
 	$(BIN)/python benchmarks/loss.py --output benchmarks/results/loss.json
 	$(BIN)/python benchmarks/step.py --output benchmarks/results/step.json

@@ -7,8 +7,9 @@ parameters, input and output.
     python benchmarks/linear.py [--shapes 576x576,2048x8192] [--tokens 512] [--repeats 9]
 
 All analog layers have 8-bit inputs with a learned range, 8-bit outputs and 3 % weight noise, with
-one tile a layer and with tiles of at most 512 rows. torchao's is int8 quantization-aware training,
-without tiles, noise or ADC.
+one tile a layer and with tiles of at most 512 rows; ours also with its noise drawn again in the
+backward instead of kept. The floor is `nn.Linear` and one normal number drawn for each weight.
+torchao's is int8 quantization-aware training, without tiles, noise or ADC.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from torch import nn
 CPU_SHAPES = "576x576,576x1536,2048x2048,2048x8192"
 #: Llama-3.2-1B and Phi-3-mini, whose projections are fused.
 GPU_SHAPES = "2048x2048,2048x8192,8192x2048,3072x3072,3072x9216,3072x16384,8192x3072"
-ANALOG = (peers.OURS, peers.LIGHTNING, peers.AIHWKIT)
+ANALOG = (peers.OURS, peers.REDRAWN, peers.LIGHTNING, peers.AIHWKIT)
+#: A digital layer, and one normal number drawn for each of its weights: no layer with exact fresh
+#: noise from torch's generator takes less.
+FLOOR = "nn.Linear and the draw"
 
 
 def compare(
@@ -56,14 +60,21 @@ def compare(
         layer.zero_grad(set_to_none=False)
         layer(x).backward(grad.clone())  # one of them writes into the gradient that it is given
 
+    noise = torch.empty(outputs, inputs, device=device)
+
+    def floor() -> None:
+        step(layers[peers.PLAIN])
+        noise.normal_()
+
     # Large layers vary less from round to round.
     repeats = max(3, arguments.repeats // 2) if inputs * outputs > 2**23 else arguments.repeats
     actions = {name: lambda layer=layer: step(layer) for name, layer in layers.items()}
-    times = measure.interleave(actions, repeats, device)
+    times = measure.interleave(actions | {FLOOR: floor}, repeats, device)
     many = torch.randn(arguments.kept_tokens, inputs, device=device, dtype=type_)
     many.requires_grad_()
     key = {"shape": shape, "dtype": dtype, "tile_rows": tile_rows}
     rows: list[dict[str, Any]] = [key | {"peer": name, "why": why} for name, why in away.items()]
+    rows.append(key | {"peer": FLOOR, "to_linear": measure.ratio(times[FLOOR], times[peers.PLAIN])})
     for name, layer in layers.items():
         kept = [measure.kept_bytes(lambda layer=layer, x=x: layer(x), device) for x in (x, many)]
         rows.append(
@@ -106,10 +117,11 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _time_table(rows: Sequence[Mapping[str, Any]]) -> str:
     others = (peers.LIGHTNING, peers.AIHWKIT, peers.TORCHAO)
-    heads = [f"{name} / nn.Linear" for name in ("ours", *others)] + ["ours / aihwkit-lightning"]
+    measured = (FLOOR, peers.OURS, peers.REDRAWN, *others)
+    heads = ["floor", "ours", "ours, noise drawn again", *others, "ours / aihwkit-lightning"]
     lines = []
     for (shape, dtype, tile_rows), by_peer in cases(rows).items():
-        cells = [_cell(by_peer, name, "to_linear") for name in (peers.OURS, *others)]
+        cells = [_cell(by_peer, name, "to_linear") for name in measured]
         cells.append(_cell(by_peer, peers.LIGHTNING, "ours_to_it"))
         lines.append([shape, dtype, _tiles(tile_rows), *cells])
     return measure.markdown(["shape", "type", "tiles", *heads], lines)
@@ -120,7 +132,8 @@ def _kept_table(rows: Sequence[Mapping[str, Any]], which: str, tokens: int) -> s
     for (shape, dtype, tile_rows), by_peer in cases(rows).items():
         sizes = [measure.megabytes(by_peer.get(name, {}).get(which)) for name in ANALOG]
         lines.append([shape, dtype, _tiles(tile_rows), *sizes])
-    table = measure.markdown(["shape", "type", "tiles", "ours", *ANALOG[1:]], lines)
+    heads = ["ours", "ours, noise drawn again", *ANALOG[2:]]
+    table = measure.markdown(["shape", "type", "tiles", *heads], lines)
     return f"{tokens} tokens:\n\n{table}"
 
 

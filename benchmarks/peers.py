@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from analog_plugin import AnalogScheme
-from analog_plugin.layers import AnalogLinear
+from analog_plugin.layers import AnalogLinear, ForwardState
 
 #: Input range of all analog layers: no input of unit variance is clipped often.
 RANGE = 4.0
 OURS, PLAIN, LIGHTNING = "analog-plugin", "nn.Linear", "aihwkit-lightning"
+#: Ours with the noise drawn again in the backward instead of kept.
+REDRAWN = "analog-plugin, noise drawn again"
 AIHWKIT, TORCHAO, LIGER = "aihwkit", "torchao", "liger-kernel"
 #: What each peer imports, and how it is installed.
 _PEERS = {
@@ -101,9 +103,11 @@ def layer(peer: str, linear: nn.Linear, tile_rows: int | None) -> nn.Module:
     """The peer's layer in training mode, from a digital one without a bias."""
     if peer == PLAIN:
         made: nn.Module = linear
-    elif peer == OURS:
+    elif peer in (OURS, REDRAWN):
         made = AnalogLinear.from_linear(linear, scheme(tile_rows))
         made.set_input_range(RANGE)
+        made.state = ForwardState()
+        made.state.keep_noise = peer == OURS
     elif peer == LIGHTNING:
         from aihwkit_lightning.nn import AnalogLinear as LightningLinear
 

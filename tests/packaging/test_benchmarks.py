@@ -17,7 +17,15 @@ TINY = {
     "noise": "--model tiny --repeats 2",
 }
 PEERS = {
-    "linear": {"nn.Linear", "analog-plugin", "aihwkit-lightning", "aihwkit", "torchao"},
+    "linear": {
+        "nn.Linear",
+        "nn.Linear and the draw",
+        "analog-plugin",
+        "analog-plugin, noise drawn again",
+        "aihwkit-lightning",
+        "aihwkit",
+        "torchao",
+    },
     "loss": {"whole logits", "analog-plugin", "liger-kernel"},
     "step": {"fine-tuning", "distillation", "analog-plugin", "aihwkit-lightning"},
     "noise": {"weight + sigma * randn", "analog-plugin", "aihwkit"},
