@@ -72,7 +72,8 @@ class DistillationSettings(_Settings):
 
     temperature: float = Field(1.0, gt=0)
     cross_entropy: float = Field(0.0, ge=0, le=1)
-    chunk: int = Field(512, gt=0)
+    top_k: int | None = Field(None, gt=0)
+    chunk: int | None = Field(None, gt=0)
 
 
 class CalibrationSettings(_Settings):

@@ -23,7 +23,7 @@ class AnalogTrainer(Trainer):
     Args:
         model: The analog student.
         teacher: The digital original; frozen here, moved to the student's device.
-        temperature, cross_entropy, chunk: See
+        temperature, cross_entropy, top_k, chunk: See
             :func:`~analog_plugin.training.loss.distillation_loss`.
         range_learning_rate: Learning rate of the input ranges, relative to each range: 0.003 lets
             a range change by 0.3 % in a step. It follows the same schedule; ranges get no weight
@@ -44,7 +44,8 @@ class AnalogTrainer(Trainer):
         teacher: nn.Module,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
-        chunk: int = 512,
+        top_k: int | None = None,
+        chunk: int | None = None,
         range_learning_rate: float = 3e-3,
         noise_seed: int | None = None,
         noise_per: str = "forward",
@@ -64,7 +65,8 @@ class AnalogTrainer(Trainer):
                 f"with torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
             )
         self._add_callback(seed=noise_seed, noise_per=noise_per, keep_noise=keep_noise)
-        self.temperature, self.cross_entropy, self.chunk = temperature, cross_entropy, chunk
+        self.temperature, self.cross_entropy = temperature, cross_entropy
+        self.top_k, self.chunk = top_k, chunk
         self.range_learning_rate = range_learning_rate
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         # Tokens are counted over a whole optimizer step, and the loss divided by their number.
@@ -106,6 +108,7 @@ class AnalogTrainer(Trainer):
                 labels=targets if self.cross_entropy > 0 else None,
                 temperature=self.temperature,
                 cross_entropy=self.cross_entropy,
+                top_k=self.top_k,
                 chunk=self.chunk,
                 count=num_items_in_batch,
             )
