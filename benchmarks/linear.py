@@ -74,7 +74,8 @@ def compare(
     many.requires_grad_()
     key = {"shape": shape, "dtype": dtype, "tile_rows": tile_rows}
     rows: list[dict[str, Any]] = [key | {"peer": name, "why": why} for name, why in away.items()]
-    rows.append(key | {"peer": FLOOR, "to_linear": measure.ratio(times[FLOOR], times[peers.PLAIN])})
+    to_linear = measure.ratio(times[FLOOR], times[peers.PLAIN])
+    rows.append(key | {"peer": FLOOR, "seconds": times[FLOOR], "to_linear": to_linear})
     for name, layer in layers.items():
         kept = [measure.kept_bytes(lambda layer=layer, x=x: layer(x), device) for x in (x, many)]
         rows.append(
