@@ -30,7 +30,7 @@ BENCHMARKS = {"linear": linear, "loss": loss, "step": step, "noise": noise}
 #: Told apart with any colour vision (Okabe and Ito's palette).
 COLOURS = {
     step.DISTILLATION: "#999999", peers.OURS: "#0072b2", peers.LIGHTNING: "#d55e00",
-    peers.AIHWKIT: "#009e73",
+    peers.AIHWKIT: "#009e73", linear.FLOOR: "#cccccc",
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def draw(records: Mapping[str, Mapping[str, Any]], target: Path) -> None:
                 for r in layers
                 if r["peer"] == name and r["dtype"] == dtype
             }
-            for name in linear.ANALOG
+            for name in (linear.FLOOR, peers.OURS, peers.LIGHTNING, peers.AIHWKIT)
         }
         _bars(axis, values, f"one layer / nn.Linear, {dtype}")
     handles = {label: h for axis in (first, *rest) for h, label in _handles(axis)}
