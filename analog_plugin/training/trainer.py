@@ -167,13 +167,14 @@ class AnalogTrainer(Trainer):
         if not any(isinstance(c, AnalogCallback) for c in self.callback_handler.callbacks):
             self.add_callback(AnalogCallback(**settings))
             return
-        own = AnalogCallback()
-        given = [f"{n}={v!r}" for n, v in settings.items() if v != getattr(own, n)]
+        usual = AnalogCallback()
+        given = {name: v for name, v in settings.items() if v != getattr(usual, name)}
         if given:
+            names = " and ".join("noise_seed" if n == "seed" else n for n in given)
+            written = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise AnalogError(
-                f"{', '.join(given)} was given to AnalogTrainer, but callbacks hold an "
-                f"AnalogCallback, which has settings of its own; write "
-                f"AnalogCallback({', '.join(given)}) alone."
+                f"{names} was given beside callbacks with an AnalogCallback, which has settings of "
+                f"its own; write AnalogCallback({written}) alone."
             )
 
     def _teacher_head(self, hidden: Tensor) -> Tensor:
