@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = (
     "analog-plugin", "torch", "transformers", "aihwkit-lightning", "aihwkit", "torchao",
     "liger-kernel",
 )  # fmt: skip
+
+#: Operators that torch's table of operations knows by another name.
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 
 
 def clock(device: torch.device) -> float:
@@ -143,6 +147,22 @@ class _LiveBytes(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products, a multiplication and an addition as two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        formula = flop_registry.get(_IN_PLACE.get(packet, packet))
+        if formula is not None:
+            self.operations += formula(*args, **(kwargs or {}), out_val=made)
+        return made
 
 
 def _storages(values: Any) -> Iterable[torch.UntypedStorage]:

@@ -15,7 +15,8 @@ thread; all parameters are trained, gradients are clipped to a norm of 1, the op
 With bfloat16 the students compute under autocast; teachers stay in float32, as in `AnalogTrainer`.
 Figures are medians of paired ratios of CPU time with their interquartile range, the peak of tensor
 bytes that a step makes (gradients included; not weights and optimizer states, which are there
-before), and the share of each part in our step. The default needs 12 GB of memory.
+before), the operations of all matrix products, and the share of each part in our step. The default
+needs 12 GB of memory.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Rounds(TrainerCallback):
     """Times our steps and, between them, runs and times one step of each other peer.
 
     A step of ours is all from the end of the one before: its data and the Trainer's own work too.
-    In the last round memory is measured instead.
+    In the last round memory and operations are counted instead.
     """
 
     def __init__(self, steps: Mapping[str, PlainStep], parts: Parts, repeats: int) -> None:
@@ -131,7 +132,9 @@ class Rounds(TrainerCallback):
         self.times: dict[str, list[float]] = {name: [] for name in (peers.OURS, *steps)}
         self.shares: list[dict[str, float]] = []
         self.peaks: dict[str, int] = {}
+        self.operations: dict[str, int] = {}
         self._memory = measure.MemoryUse(self.device)
+        self._products = measure.Products()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.parts.begin()
@@ -140,8 +143,10 @@ class Rounds(TrainerCallback):
         round_ = state.global_step - 1
         total, parts = self.parts.end()
         if round_ == self.last:
+            self._products.__exit__(None, None, None)
             self._memory.__exit__(None, None, None)
             self.peaks[peers.OURS] = self._memory.peak
+            self.operations[peers.OURS] = self._products.operations
         if WARMUP <= round_ < self.last:
             self.times[peers.OURS].append(total)
             self.shares.append({name: spent / total for name, spent in parts.items()})
@@ -151,13 +156,15 @@ class Rounds(TrainerCallback):
             self._other(name, round_)
         if round_ == self.last - 1:
             self._memory.__enter__()
+            self._products.__enter__()
         self.parts.begin()
 
     def _other(self, name: str, round_: int) -> None:
         if round_ == self.last:
-            with measure.MemoryUse(self.device) as use:
+            with measure.MemoryUse(self.device) as use, measure.Products() as products:
                 self.steps[name]()
             self.peaks[name] = use.peak
+            self.operations[name] = products.operations
             return
         start = measure.clock(self.device)
         self.steps[name]()
@@ -165,8 +172,8 @@ class Rounds(TrainerCallback):
             self.times[name].append(measure.clock(self.device) - start)
 
 
-def compare(dtype: str, arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Rows of the peers, and of the parts of our step."""
+def compare(dtype: str, arguments: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
+    """Rows of the peers and of the parts of our step, and the number of analog weights."""
     device = arguments.device
     teacher = random_model(arguments.model, arguments.layers, device).requires_grad_(False)
     shape = arguments.rows, arguments.length
@@ -210,6 +217,7 @@ def compare(dtype: str, arguments: argparse.Namespace) -> tuple[list[dict], list
                 "to_distillation": measure.ratio(seconds, rounds.times[DISTILLATION]),
                 "ours_to_it": measure.ratio(rounds.times[peers.OURS], seconds),
                 "peak_bytes": rounds.peaks[name],
+                "operations": rounds.operations[name],
             }
         )
     profile = [
@@ -220,7 +228,7 @@ def compare(dtype: str, arguments: argparse.Namespace) -> tuple[list[dict], list
         }
         for name in rounds.shares[0]
     ]
-    return rows, profile
+    return rows, profile, sum(layer.weight.numel() for _, layer in analog_layers(student))
 
 
 def tables(record: Mapping[str, Any]) -> dict[str, str]:
@@ -235,14 +243,25 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
         lines.append(
             [row["dtype"], row["peer"], *figures, measure.megabytes(row.get("peak_bytes"))]
         )
+        counted = row.get("operations")
+        lines[-1].append("" if counted is None else f"{counted / 1e9:.0f}")
     heads = ["type", "step", "time", f"/ {FINE_TUNING}", f"/ {DISTILLATION}", "ours / it", "peak"]
+    heads.append("GFLOP")
     tiles = f"{given['tile_rows']} rows" if given["tile_rows"] else "one a layer"
     caption = (
         f"{given['model']}, {given['layers'] or 'all'} decoder layers, {given['rows']} x "
         f"{given['length']} tokens, tiles: {tiles}, {settings['machine']}:"
     )
-    step = f"{caption}\n\n{measure.markdown(heads, lines)}"
+    step = f"{caption}\n\n{measure.markdown(heads, lines)}\n\n{_noise_sentence(record)}"
     return {"step": step, "parts": _parts_table(record["profile"])}
+
+
+def _noise_sentence(record: Mapping[str, Any]) -> str:
+    millions = record["analog_weights"] / 1e6
+    return (
+        f"Beside its products, our step draws a normal number for each of {millions:.1f} million "
+        "analog weights."
+    )
 
 
 def _parts_table(profile: Sequence[Mapping[str, Any]]) -> str:
@@ -273,10 +292,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     profile: list[dict[str, Any]] = []
     for dtype in dtypes:
-        made, parts = compare(dtype, arguments)
+        made, parts, weights = compare(dtype, arguments)
         rows += made
         profile += parts
-    made = measure.record(arguments, rows, profile=profile)
+    made = measure.record(arguments, rows, profile=profile, analog_weights=weights)
     measure.finish(arguments, made, tables(made).values())
 
 
