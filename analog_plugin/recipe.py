@@ -68,12 +68,20 @@ class DataSettings(_Settings):
 
 
 class DistillationSettings(_Settings):
-    """The loss; see :func:`~analog_plugin.training.loss.distillation_loss`."""
+    """The loss; see :func:`~analog_plugin.training.loss.distillation_loss`.
+
+    Args:
+        teacher_dtype: Type that the teacher is cast to for training; null: the model's.
+        teacher: Directory of :func:`~analog_plugin.training.stored.store_teacher`, read instead of
+            keeping a teacher in memory during training.
+    """
 
     temperature: float = Field(1.0, gt=0)
     cross_entropy: float = Field(0.0, ge=0, le=1)
     top_k: int | None = Field(None, gt=0)
     chunk: int | None = Field(None, gt=0)
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    teacher: str | None = None
 
 
 class CalibrationSettings(_Settings):

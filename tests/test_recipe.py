@@ -31,7 +31,8 @@ def test_all_parts_are_read():
     recipe = AnalogRecipe.parse({
         "scheme": {"preset": "AFM", "tile_rows": 512}, "targets": ["Linear"], "ignore": ["*_proj"],
         "data": {"source": "text.txt", "tokens": 100, "sequence_length": 8, "top_k": 50},
-        "distillation": {"temperature": 2.0, "cross_entropy": 0.5, "top_k": 16, "chunk": 4},
+        "distillation": {"temperature": 2.0, "cross_entropy": 0.5, "top_k": 16, "chunk": 4,
+                         "teacher_dtype": "bfloat16", "teacher": "logits"},
         "training": {"max_steps": 3, "range_learning_rate": 0.01, "trainable": "analog"},
         "evaluation": {"noise": ["pcm", {"name": "gaussian", "sigma": 0.02}], "seeds": 2},
         "deploy": {"profile": "w8a8"}, "seed": 7,
@@ -41,6 +42,7 @@ def test_all_parts_are_read():
     assert (recipe.data.tokens, recipe.data.top_k) == (100, 50)
     assert recipe.distillation.model_dump() == {
         "temperature": 2.0, "cross_entropy": 0.5, "top_k": 16, "chunk": 4,
+        "teacher_dtype": "bfloat16", "teacher": "logits",
     }  # fmt: skip
     assert recipe.evaluation.noise == ("pcm", {"name": "gaussian", "sigma": 0.02})
     assert recipe.deploy.profile == "w8a8" and recipe.seed == 7

@@ -64,7 +64,7 @@ class Reference:
         """Logits [rows, positions, V] of the original."""
         if self.kept is not None:
             return self.kept[rows, position]
-        device = next(self.states.model.parameters()).device
+        device = next(self.states.model.parameters(), self.hidden).device
         return self.states.head(self.hidden[rows, position].to(device))
 
 

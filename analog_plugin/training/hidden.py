@@ -22,10 +22,12 @@ class HiddenStates:
         model: The model (not wrapped by DDP or the like).
         split: Whether logits are ``head(hidden)``; where a model does more behind its head
             (softcapping, scaling), the logits themselves stand in for the hidden states.
+        kind: Class of the model; None: ``model``'s.
     """
 
     model: Any
     split: bool
+    kind: type | None = None
 
     @classmethod
     def of(cls, model: Any) -> HiddenStates:
@@ -43,7 +45,15 @@ class HiddenStates:
 
     def alike(self, model: Any) -> HiddenStates:
         """Read another model in the same way; one of another class always by its logits."""
-        return HiddenStates(model, split=self.split and type(model) is type(self.model))
+        return HiddenStates(model, split=self.split and type(model) is self._kind)
+
+    def head_alone(self) -> HiddenStates:
+        """The same without the rest of the model: :attr:`head` and :meth:`alike`."""
+        return HiddenStates(_Head(self.head), self.split, self._kind)
+
+    @property
+    def _kind(self) -> type:
+        return type(self.model) if self.kind is None else self.kind
 
     @property
     def head(self) -> nn.Module:
@@ -62,6 +72,17 @@ class HiddenStates:
             hidden, _ = _capture(self.model, module, logits_to_keep=1, **inputs)
         assert hidden is not None
         return hidden
+
+
+class _Head(nn.Module):
+    """A language-model head that stands for its model."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
 
 @torch.no_grad()

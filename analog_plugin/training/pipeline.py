@@ -27,6 +27,7 @@ from analog_plugin.recipe import AnalogRecipe
 from analog_plugin.training.ranges import calibrate_plain_ranges
 from analog_plugin.training.run import TrainingRun, rehearse_training, run_training
 from analog_plugin.training.start import prepare_start, prepares, published_start
+from analog_plugin.training.stored import StoredTeacher
 from analog_plugin.training.tokens import calibration_batches, evaluation_rows, training_rows
 
 
@@ -80,7 +81,10 @@ def train_analog(
 
     # All that can be refused is refused before the long work begins.
     tokens = evaluation_rows(model, recipe, tokenizer)
+    stored = None
     if train:
+        if recipe.distillation.teacher is not None:
+            stored = StoredTeacher(recipe.distillation.teacher)
         rehearse_training(model, recipe)
     # The teacher keeps the original weights; it is never saved.
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -96,6 +100,12 @@ def train_analog(
             remove_prefix(teacher)  # for now: tokens are sampled from the model as it came
         with _timed(times, "data"):
             rows = training_rows(teacher, recipe, tokenizer, dataset)
+        if stored is not None:
+            if prefix is not None:
+                install_prefix(teacher, prefix)
+            settings = recipe.distillation
+            stored.check(teacher, rows, settings.temperature, settings.top_k)
+            remove_prefix(teacher)
         batches, held_out = calibration_batches(model, rows, recipe)
         with _timed(times, "evaluation"):
             measure = measure_plain = _Measurement(teacher, result, tokens)
@@ -115,8 +125,13 @@ def train_analog(
         with _timed(times, "evaluation"):
             measure("original")
     if train:
+        source = teacher if stored is None else stored
+        if stored is not None:  # what is measured from now on needs but its head
+            measure.forget_model()
+            measure_plain.forget_model()
+        del teacher
         with _timed(times, "training"):
-            run = run_training(model, teacher, rows, recipe)
+            run = run_training(model, source, rows, recipe)
         with _timed(times, "evaluation"):
             measure("analog-trained")
     model.eval()
@@ -150,6 +165,11 @@ class _Measurement:
         self.settings, self.result, self.tokens = result.recipe.evaluation, result, tokens
         if self.settings is not None and tokens is not None:
             self.reference = Reference.of(teacher, tokens, self.settings.batch_size)
+
+    def forget_model(self) -> None:
+        """Keep nothing of the teacher but its head and what it made of the tokens."""
+        if self.settings is not None and self.tokens is not None:
+            self.reference.states = self.reference.states.head_alone()
 
     def __call__(self, name: str, **options: Any) -> None:
         if self.settings is None or self.tokens is None:

@@ -18,6 +18,7 @@ from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.layers import analog_layers, forward_state
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.recipe import AnalogRecipe, split_training
+from analog_plugin.training.stored import StoredTeacher
 from analog_plugin.training.trainer import AnalogTrainer
 
 
@@ -89,7 +90,7 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
 
     Args:
         model: The analog student; afterwards in evaluation mode.
-        teacher: The digital original.
+        teacher: The digital original, or what is stored of it for these rows.
         rows: Token ids [rows, length].
         recipe: The settings.
 
@@ -112,12 +113,14 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
             model,
             teacher=teacher,
             args=args,
-            train_dataset=[{"input_ids": row} for row in rows],
+            train_dataset=teacher.dataset(rows)
+            if isinstance(teacher, StoredTeacher)
+            else [{"input_ids": row} for row in rows],
             noise_seed=recipe.seed,
             range_learning_rate=own.range_learning_rate,
             noise_per=own.noise_per,
             keep_noise=own.keep_noise,
-            **recipe.distillation.model_dump(),
+            **recipe.distillation.model_dump(exclude={"teacher"}),
         )
         interrupts = _KeptInterrupts()
         trainer.add_callback(interrupts)

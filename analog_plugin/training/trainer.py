@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from analog_plugin.errors import AnalogError
-from analog_plugin.layers import analog_layers, forward_state
+from analog_plugin.errors import AnalogError, shown
+from analog_plugin.layers import analog_layers, digital_layers, forward_state
 from analog_plugin.layers.prefix import repeated_positions
 from analog_plugin.training.callback import AnalogCallback
+from analog_plugin.training.divergence import TopTokens
 from analog_plugin.training.hidden import HiddenStates
 from analog_plugin.training.loss import distillation_loss
+from analog_plugin.training.stored import StoredTeacher, taken
 
 
 class AnalogTrainer(Trainer):
@@ -22,7 +24,11 @@ class AnalogTrainer(Trainer):
 
     Args:
         model: The analog student.
-        teacher: The digital original; frozen here, moved to the student's device.
+        teacher: The digital original; frozen here, moved to the student's device. Or a
+            :class:`~analog_plugin.training.stored.StoredTeacher`: ``train_dataset`` is then its
+            ``dataset(rows)``.
+        teacher_dtype: Type that the teacher is cast to, such as ``"bfloat16"``: its forward and
+            memory shrink, its logits lose what the type cannot hold; None: as it is.
         temperature, cross_entropy, top_k, chunk: See
             :func:`~analog_plugin.training.loss.distillation_loss`.
         range_learning_rate: Learning rate of the input ranges, relative to each range: 0.003 lets
@@ -41,7 +47,8 @@ class AnalogTrainer(Trainer):
         self,
         model: nn.Module,
         *,
-        teacher: nn.Module,
+        teacher: nn.Module | StoredTeacher,
+        teacher_dtype: str | torch.dtype | None = None,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
         top_k: int | None = None,
@@ -68,13 +75,21 @@ class AnalogTrainer(Trainer):
         self.temperature, self.cross_entropy = temperature, cross_entropy
         self.top_k, self.chunk = top_k, chunk
         self.range_learning_rate = range_learning_rate
-        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         # Tokens are counted over a whole optimizer step, and the loss divided by their number.
         self.model_accepts_loss_kwargs = True
         if self.args.label_names is None:  # the loss needs no labels, in evaluation either
             self.label_names: list[str] = []
             self.can_return_loss = True
-        self._teacher_states = HiddenStates.of(self.teacher)
+        self.teacher = teacher
+        if isinstance(teacher, StoredTeacher):
+            self.args.remove_unused_columns = False  # the model knows nothing of its logits
+            with digital_layers(model):
+                self._student_states = HiddenStates.of(model)
+            return
+        teacher.eval().requires_grad_(False).to(self.args.device)
+        if teacher_dtype is not None:
+            teacher.to(_floating(teacher_dtype))
+        self._teacher_states = HiddenStates.of(teacher)
         self._student_states = self._teacher_states.alike(model)
 
     @property
@@ -93,8 +108,11 @@ class AnalogTrainer(Trainer):
         inputs = dict(inputs)
         targets, mask = self._scored(inputs)
         inputs.pop("labels", None)
-        with torch.no_grad():
-            reference = self._teacher_states(None, **inputs)
+        if isinstance(self.teacher, StoredTeacher):
+            reference: Tensor | TopTokens = taken(inputs)
+        else:
+            with torch.no_grad():
+                reference = self._teacher_states(None, **inputs)
         hidden = self._student_states(model, **inputs)
         if model.training:
             self._initialize_head_ranges(hidden, mask)
@@ -200,7 +218,17 @@ class AnalogTrainer(Trainer):
             targets[:, :-1] = targets[:, :-1].masked_fill(attention[:, 1:] == 0, -100)
         if labels is not None:
             mask &= targets != -100
-        repeated = repeated_positions(self.teacher, tokens, attention)
+        repeated = repeated_positions(self._student_states.model, tokens, attention)
         if repeated is not None:  # what the digital prefix predicts is no analog layer's doing
             mask &= ~repeated
         return targets, mask
+
+
+def _floating(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2):
+        raise AnalogError(
+            f"teacher_dtype is {shown(dtype)}, but must be float32, bfloat16, float16 or float64; "
+            "write teacher_dtype='bfloat16'."
+        )
+    return found

@@ -407,3 +407,17 @@ def test_a_compiled_training_is_one_graph_with_the_same_losses(make_trainer):
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert torch._dynamo.utils.counters["graph_break"] == {}
     torch._dynamo.reset()
+
+
+def test_a_teacher_may_be_of_another_type(make_trainer):
+    plain = make_trainer()
+    plain.train()
+    cast = make_trainer(own={"teacher_dtype": "bfloat16"})
+    cast.train()
+    assert {p.dtype for p in cast.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in cast.model.parameters()} == {torch.float32}
+    assert losses(cast) != losses(plain)
+    assert losses(cast) == pytest.approx(losses(plain), rel=0.1)
+    for wrong in ("int8", "bf16", 16, "load"):
+        with pytest.raises(AnalogError, match=r"write teacher_dtype='bfloat16'"):
+            make_trainer(own={"teacher_dtype": wrong})

@@ -64,6 +64,23 @@ The page is OUTPUT/report.html; beside it are table.md, table.csv and every figu
 """
 
 
+_TEACHER = """\
+Compute once, for all training tokens of a recipe, the most likely tokens of the full-precision
+model and their probabilities, so that training need not keep that model in memory.
+"""
+
+_TEACHER_EXAMPLES = """\
+examples:
+  optimum-cli analog teacher --model demo:smollm2-135m-instruct \\
+      --recipe examples/recipes/demo.yaml --output teacher
+  then, in the recipe:  distillation: {teacher: teacher}
+
+A position takes 8 k + 4 bytes. The loss compares the k tokens and all others as one outcome.
+The same model, dtype, tokens, digital prefix and temperature must be trained with; others are
+refused. OUTPUT appears when all is done.
+"""
+
+
 _KEPT = "what was measured is kept; the same command goes on from there"
 
 
@@ -229,6 +246,54 @@ class AnalogAblateCommand(BaseOptimumCLICommand):
             )
 
 
+class AnalogTeacherCommand(BaseOptimumCLICommand):
+    """Store what training needs of its teacher."""
+
+    COMMAND = CommandInfo(name="teacher", help="Store a teacher's logits for training.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.description = _TEACHER
+        parser.epilog = _TEACHER_EXAMPLES
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        add_source(parser)
+        parser.add_argument(
+            "-o", "--output", type=Path, required=True, help="directory of the result"
+        )
+        parser.add_argument("--dataset", help="training text instead of the recipe's data")
+        parser.add_argument(
+            "--top-k",
+            type=int,
+            help="tokens kept a position (default: the recipe's, else 64)",
+        )
+        parser.add_argument(
+            "--batch-size", type=int, default=8, help="rows computed at once (default: 8)"
+        )
+        add_place(parser, "weights, as in the training")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace an output directory that is not empty"
+        )
+
+    def run(self) -> None:
+        """Run :func:`main_teacher`; a user's error is one sentence and exit status 1."""
+        given = self.args
+        with errors_are_sentences("nothing was written"):
+            from analog_integrations.optimum.teacher import main_teacher
+
+            main_teacher(
+                given.model,
+                given.output,
+                given.recipe,
+                dataset=given.dataset,
+                top_k=given.top_k,
+                batch_size=given.batch_size,
+                device=given.device,
+                dtype=given.dtype,
+                overwrite=given.overwrite,
+            )
+
+
 def _add_common(parser: argparse.ArgumentParser, *, seeds: int, batch_size: int) -> None:
     """Arguments of every command that measures models under noise."""
     parser.add_argument("models", nargs="+", metavar="model", help="directory, hub id or demo:NAME")
@@ -284,5 +349,10 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="ablate",
             help="What each ingredient of training is worth.",
             subcommand_class=AnalogAblateCommand,
+        ),
+        CommandInfo(
+            name="teacher",
+            help="Store a teacher's logits for training.",
+            subcommand_class=AnalogTeacherCommand,
         ),
     )

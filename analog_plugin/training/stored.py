@@ -1,0 +1,263 @@
+"""A teacher on disk: its most likely tokens for every training row, computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from analog_plugin.checkpoint.layout import read_json, sha256_of
+from analog_plugin.data.generate import fingerprint
+from analog_plugin.errors import AnalogError, one_line
+from analog_plugin.layers.prefix import installed_prefix
+from analog_plugin.modes import evaluation_mode
+from analog_plugin.paths import atomic_directory, check_output
+from analog_plugin.progress import progress_counter
+from analog_plugin.training.divergence import TopTokens
+from analog_plugin.training.hidden import HiddenStates
+
+MANIFEST = "teacher.json"
+#: What a row of the dataset holds beside its tokens: a field of ``TopTokens`` each.
+FIELDS = {
+    "teacher_tokens": torch.int32,
+    "teacher_log_probabilities": torch.float32,
+    "teacher_log_rest": torch.float32,
+}
+#: Positions whose logits exist at the same time.
+_POSITIONS = 1024
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(pattern=r"^rows-[0-9]{6}\.safetensors$")  # nowhere else than beside
+    rows: int = Field(gt=0)
+    sha256: _Digest
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal[1]
+    top_k: int = Field(gt=0)
+    temperature: float = Field(gt=0)
+    vocabulary: int = Field(gt=0)
+    length: int = Field(gt=1)
+    tokens: _Digest
+    teacher: _Digest
+    prefix: list[int]
+    files: list[_File] = Field(min_length=1)
+
+
+@torch.no_grad()
+def store_teacher(
+    teacher: Any,
+    rows: Tensor,
+    output: str | Path,
+    *,
+    top_k: int = 64,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    rows_per_file: int = 256,
+    overwrite: bool = False,
+) -> StoredTeacher:
+    """Compute a teacher's ``top_k`` most likely tokens at every position of ``rows``, and keep it.
+
+    A position takes ``8 k + 4`` bytes. The directory appears when all is done.
+
+    Args:
+        teacher: The digital original, with the digital prefix installed if training has one.
+        rows: Training tokens [rows, length].
+        output: The directory, new or empty.
+        top_k: k; see :func:`~analog_plugin.training.loss.distillation_loss`.
+        temperature: That of the training's loss.
+        batch_size: Rows computed together.
+        rows_per_file: Rows in each file.
+        overwrite: Replace a directory that is not empty.
+
+    Raises:
+        AnalogError: k is greater than the vocabulary, or ``output`` cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    check_output(output, overwrite)
+    states, device = HiddenStates.of(teacher), next(teacher.parameters()).device
+    files: list[dict[str, Any]] = []
+    vocabulary = 0
+    bar = progress_counter(desc="Computing the teacher", total=rows.numel(), unit="tok")
+    with evaluation_mode(teacher), atomic_directory(output, overwrite) as target, bar as progress:
+        for number, part in enumerate(rows.split(rows_per_file)):
+            made = []
+            for batch in part.split(batch_size):
+                hidden = states(None, input_ids=batch.to(device)).flatten(0, 1)
+                for piece in hidden.split(_POSITIONS):
+                    logits = states.head(piece)
+                    vocabulary = logits.shape[-1]
+                    made.append(TopTokens.of(logits, top_k, temperature))
+                progress.update(batch.numel())
+            shape = part.shape
+            parts = (
+                torch.cat([t.tokens for t in made]).view(*shape, top_k),
+                torch.cat([t.log_probabilities for t in made]).view(*shape, top_k),
+                torch.cat([t.log_rest for t in made]).view(shape),
+            )
+            named = zip(FIELDS.items(), parts, strict=True)
+            name = f"rows-{number:06d}.safetensors"
+            save_file({n: p.cpu().to(t).contiguous() for (n, t), p in named}, target / name)
+            digest = sha256_of(target / name)
+            files.append({"name": name, "rows": len(part), "sha256": digest})
+        manifest = {
+            "format": 1,
+            "top_k": top_k,
+            "temperature": float(temperature),
+            "vocabulary": vocabulary,
+            "length": rows.shape[1],
+            "tokens": _digest(rows),
+            "teacher": fingerprint(teacher),
+            "prefix": _prefix(teacher),
+            "files": files,
+        }
+        (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return StoredTeacher(output)
+
+
+class StoredTeacher:
+    """What :func:`store_teacher` wrote; rows are read when they are asked for.
+
+    Raises:
+        AnalogError: It is not there, damaged, or of another format.
+
+    Attributes:
+        top_k, temperature, vocabulary: What was stored.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        try:
+            manifest = _Manifest.model_validate(read_json(self.directory / MANIFEST))
+            for file in manifest.files:
+                if sha256_of(self.directory / file.name) != file.sha256:
+                    raise AnalogError(f"{file.name} is damaged")
+        except (AnalogError, ValidationError, OSError) as error:
+            raise AnalogError(
+                f"The stored teacher {directory} cannot be read: {one_line(error)}; write it with "
+                "optimum-cli analog teacher."
+            ) from None
+        self._manifest = manifest
+        self.top_k, self.temperature = manifest.top_k, manifest.temperature
+        self.vocabulary = manifest.vocabulary
+        self._starts = [0]
+        for file in manifest.files:
+            self._starts.append(self._starts[-1] + file.rows)
+
+    def check(
+        self, teacher: nn.Module, rows: Tensor, temperature: float = 1.0, top_k: int | None = None
+    ) -> None:
+        """Refuse to stand in for another teacher, or on other tokens.
+
+        Args:
+            teacher: The digital original, with its prefix.
+            rows: Training tokens [rows, length].
+            temperature, top_k: Of the loss.
+
+        Raises:
+            AnalogError: One of them is not what was stored.
+        """
+        own = self._manifest
+        told = [
+            ("model", own.teacher == fingerprint(teacher)),
+            ("training tokens", own.tokens == _digest(rows)),
+            (f"digital prefix (stored with {own.prefix})", own.prefix == _prefix(teacher)),
+            (f"temperature (stored for {own.temperature})", own.temperature == temperature),
+            (f"top_k (stored with {own.top_k})", top_k in (None, own.top_k)),
+        ]
+        other = [what for what, same in told if not same]
+        if other:
+            raise AnalogError(
+                f"The stored teacher {self.directory} is for another {other[0]}; write it anew "
+                "with optimum-cli analog teacher and the same model and recipe."
+            )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        """Row ``index``: its tokens' ids and log-probabilities [length, k], and the rest [length].
+
+        Raises:
+            AnalogError: The file does not hold such values.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        number = bisect_right(self._starts, index) - 1
+        file, at = self._manifest.files[number], index - self._starts[number]
+        length, k = self._manifest.length, self.top_k
+        shapes = [(length, k), (length, k), (length,)]
+        try:
+            with safe_open(self.directory / file.name, framework="pt") as opened:
+                found = {name: opened.get_slice(name)[at] for name in FIELDS}
+        except (SafetensorError, OSError, IndexError) as error:
+            raise self._wrong(file, one_line(error)) from None
+        for (name, dtype), shape in zip(FIELDS.items(), shapes, strict=True):
+            if found[name].dtype != dtype or tuple(found[name].shape) != shape:
+                raise self._wrong(file, f"{name} of row {at} is not {dtype} {list(shape)}")
+        tokens, log_p, log_rest = found.values()
+        sound = (tokens >= 0).all() and (tokens < self.vocabulary).all()
+        sound = sound and (log_p < 1e-3).all() and (log_rest < 1e-3).all()  # neither NaN nor more
+        if not sound:
+            raise self._wrong(file, f"row {at} holds no probabilities of known tokens")
+        return found
+
+    def _wrong(self, file: _File, why: str) -> AnalogError:
+        return AnalogError(
+            f"The stored teacher {self.directory} cannot be used: {file.name}: {why}; write it "
+            "anew with optimum-cli analog teacher."
+        )
+
+    def dataset(self, rows: Tensor) -> Dataset:
+        """Training rows [rows, length], each with what is stored for it."""
+        return _Rows(self, rows)
+
+
+class _Rows(Dataset):
+    def __init__(self, teacher: StoredTeacher, rows: Tensor) -> None:
+        self.teacher, self.rows = teacher, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index]} | self.teacher.row(index)
+
+
+def taken(inputs: dict[str, Any]) -> TopTokens:
+    """What a batch holds of the teacher, taken out of ``inputs``.
+
+    Raises:
+        AnalogError: It holds none.
+    """
+    if not all(name in inputs for name in FIELDS):
+        raise AnalogError(
+            "A batch has no logits of the stored teacher; write train_dataset="
+            "teacher.dataset(rows), and remove_unused_columns=False for a collator of your own."
+        )
+    tokens, log_probabilities, log_rest = (inputs.pop(name) for name in FIELDS)
+    return TopTokens(tokens.long(), log_probabilities, log_rest)
+
+
+def _digest(rows: Tensor) -> str:
+    whole = rows.cpu().to(torch.int64).contiguous()
+    return hashlib.sha256(f"{tuple(whole.shape)}".encode() + whole.numpy().tobytes()).hexdigest()
+
+
+def _prefix(teacher: Any) -> list[int]:
+    prefix = installed_prefix(teacher)
+    tokens: Sequence[int] = () if prefix is None else prefix.tokens
+    return [int(token) for token in tokens]
