@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from analog_integrations.optimum.export import main_export
     from analog_integrations.optimum.modeling import AnalogModelForCausalLM
     from analog_integrations.optimum.scaling import main_test_time
+    from analog_integrations.optimum.teacher import main_teacher
 
 __all__ = [
     "AnalogModelForCausalLM",
     "main_ablate",
     "main_evaluate",
     "main_export",
+    "main_teacher",
     "main_test_time",
 ]
 
@@ -25,6 +27,7 @@ _MODULES = {
     "main_ablate": "ablate",
     "main_evaluate": "evaluate",
     "main_export": "export",
+    "main_teacher": "teacher",
     "main_test_time": "scaling",
 }
 

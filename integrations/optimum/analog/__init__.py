@@ -5,6 +5,7 @@ from analog_integrations.optimum import (
     main_ablate,
     main_evaluate,
     main_export,
+    main_teacher,
     main_test_time,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
     "main_ablate",
     "main_evaluate",
     "main_export",
+    "main_teacher",
     "main_test_time",
 ]
