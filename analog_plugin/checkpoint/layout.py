@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import textwrap
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from pydantic import (
 )
 
 from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.files import read_json, sha256_of
 from analog_plugin.scheme import AnalogScheme
 
 VERSION = 1
@@ -100,23 +100,6 @@ class Manifest(BaseModel):
     files: dict[str, ManifestEntry]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Raises:
-        AnalogError: It is missing, not JSON, or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AnalogError(f"{path.parent} has no {path.name}; give a model directory.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AnalogError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
-    if not isinstance(values, dict):
-        raise AnalogError(f"{path} cannot be read: it does not hold a JSON object.")
-    return values
-
-
 def weight_files(directory: Path) -> list[str]:
     """Names of the files that transformers takes the weights from.
 
@@ -139,15 +122,6 @@ def weight_files(directory: Path) -> list[str]:
     if not names:
         raise AnalogError(f"{directory}/{WEIGHTS_INDEX} names no file; export it again.")
     return [WEIGHTS_INDEX, *sorted(set(names))]
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def write_manifest(directory: Path) -> None:

@@ -13,12 +13,11 @@ from analog_plugin.checkpoint.layout import (
     CONFIG_FILE,
     STATE_FILE,
     AnalogConfig,
-    read_json,
-    sha256_of,
     verify_manifest,
     weight_files,
 )
 from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.files import read_json, sha256_of
 from analog_plugin.layers import analog_layers, convert_to_analog
 from analog_plugin.layers.prefix import Prefix, install_prefix, prefix_shapes, prefix_tokens
 from analog_plugin.noise import resolve_noise

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from analog_plugin.checkpoint.layout import STATE_FILE, VERSION, sha256_of
+from analog_plugin.checkpoint.layout import STATE_FILE, VERSION
 from analog_plugin.checkpoint.plain import plain_input_scales, plain_layers, quantize_rows
 from analog_plugin.errors import AnalogError
+from analog_plugin.files import sha256_of
 from analog_plugin.layers import AnalogConv1D, analog_layers, model_scheme
 from analog_plugin.layers.prefix import installed_prefix
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from analog_plugin.checkpoint.layout import read_json, sha256_of
 from analog_plugin.data.generate import fingerprint
 from analog_plugin.errors import AnalogError, one_line
+from analog_plugin.files import read_json, sha256_of
 from analog_plugin.layers.prefix import installed_prefix
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.paths import atomic_directory, check_output

@@ -26,7 +26,8 @@ from analog_plugin import (
     load_checkpoint,
     save_checkpoint,
 )
-from analog_plugin.checkpoint.layout import sha256_of, write_manifest
+from analog_plugin.checkpoint.layout import write_manifest
+from analog_plugin.files import sha256_of
 from analog_plugin.training.ranges import calibrate_plain_ranges, calibrate_ranges
 from analog_plugin.training.start import prepare_start
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, tiny, token_ids
 
 from analog_plugin import AnalogError, AnalogTrainer
-from analog_plugin.checkpoint.layout import sha256_of
+from analog_plugin.files import sha256_of
 from analog_plugin.training.loss import distillation_loss
 from analog_plugin.training.pipeline import train_analog
 from analog_plugin.training.stored import MANIFEST, StoredTeacher, store_teacher

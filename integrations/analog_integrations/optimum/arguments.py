@@ -54,3 +54,8 @@ def errors_are_sentences(interrupted: str) -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted: {interrupted}") from None
+
+
+def split(given: list[str] | None) -> list[str]:
+    """Every item of lists with commas."""
+    return [item.strip() for text in given or [] for item in text.split(",") if item.strip()]

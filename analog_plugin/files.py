@@ -1,0 +1,36 @@
+"""Reading files: JSON objects, and hashes of content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from analog_plugin.errors import AnalogError, one_line
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        AnalogError: It is missing, not JSON, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AnalogError(f"{path.parent} has no {path.name}; give a model directory.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AnalogError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
+    if not isinstance(values, dict):
+        raise AnalogError(f"{path} cannot be read: it does not hold a JSON object.")
+    return values
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
