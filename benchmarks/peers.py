@@ -127,7 +127,7 @@ def _torchao_layer(linear: nn.Linear) -> nn.Module:
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     model = nn.Sequential(linear)
-    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=True)
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weights = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
     config = QATConfig(activation_config=inputs, weight_config=weights, step="prepare")
     quantize_(model, config)

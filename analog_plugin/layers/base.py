@@ -14,6 +14,7 @@ from analog_plugin.layers.state import ForwardState, drawn_generator, keyed_gene
 from analog_plugin.noise.programming import program_tiles
 from analog_plugin.ops.disturbance import Disturbances
 from analog_plugin.ops.matmul import MatmulContext, analog_matmul
+from analog_plugin.ops.memory import release_memory
 from analog_plugin.ops.ranges import RangeInitializer
 from analog_plugin.ops.traced import traced_matmul
 from analog_plugin.ops.weights import column_maximum
@@ -146,9 +147,10 @@ class AnalogLayer(nn.Module):
         context.noisy = self._step_weight[1]
 
     def train(self, mode: bool = True) -> AnalogLayer:
-        """As ``nn.Module.train``; noisy weights of a training step do not outlive training."""
+        """As ``nn.Module.train``; noisy weights and their memory do not outlive training."""
         if not mode:
             self._step_weight = None
+            release_memory()
         return super().train(mode)
 
     def program(self, noise: Any, generator: torch.Generator | int) -> None:
