@@ -15,7 +15,7 @@ from analog_plugin.noise.programming import program_tiles
 from analog_plugin.ops.disturbance import Disturbances
 from analog_plugin.ops.matmul import MatmulContext, analog_matmul
 from analog_plugin.ops.memory import release_memory
-from analog_plugin.ops.ranges import RangeInitializer
+from analog_plugin.ops.ranges import Moment, RangeInitializer
 from analog_plugin.ops.traced import traced_matmul
 from analog_plugin.ops.weights import column_maximum
 from analog_plugin.scheme import AnalogScheme
@@ -75,7 +75,7 @@ class AnalogLayer(nn.Module):
         self.digital = False
         self.observer: Callable[[Tensor, Tensor | None], None] | None = None
         self._step_weight: tuple[Any, Tensor] | None = None
-        self.range_initializer = RangeInitializer(self)
+        self.range_initializer = RangeInitializer(scheme)
         self.number = numbered(self)
 
     @property
@@ -142,16 +142,28 @@ class AnalogLayer(nn.Module):
             return
         key = (state.run, state.step, weight.data_ptr(), weight._version, context.dtype)
         if self._step_weight is None or self._step_weight[0] != key:
+            self._step_weight = None  # before there are two
             with torch.inference_mode(False), torch.no_grad():
-                self._step_weight = key, context.tile_weights(weight, maximum)
+                self._step_weight = key, context.tile_weights(weight.detach(), maximum)
         context.noisy = self._step_weight[1]
+
+    def forget_step_weight(self) -> None:
+        """Make noisy weights anew, also within a step; needed where the weights were written to."""
+        self._step_weight = None
 
     def train(self, mode: bool = True) -> AnalogLayer:
         """As ``nn.Module.train``; noisy weights and their memory do not outlive training."""
         if not mode:
-            self._step_weight = None
+            self.forget_step_weight()
             release_memory()
         return super().train(mode)
+
+    @property
+    def moment(self) -> Moment:
+        """When a forward runs now."""
+        if self.state is None or self.state.seed is None:
+            return Moment(None, 0 if self.state is None else self.state.micro_batch)
+        return Moment((self.state.run, self.state.step), self.state.micro_batch)
 
     def program(self, noise: Any, generator: torch.Generator | int) -> None:
         """Program the weights onto simulated devices; the forward then uses the result.
@@ -252,11 +264,14 @@ class AnalogLayer(nn.Module):
         if torch.compiler.is_compiling():
             initialize_ranges(x.detach(), row_mask, ranges, self.range_batches, self.number)
         else:
-            self.range_initializer.update(x.detach(), row_mask, ranges, self.range_batches)
+            batches = self.range_batches
+            initializer = self.range_initializer
+            initializer.update(x.detach(), row_mask, ranges, batches, self.tiles, self.moment)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnalogLayer:
         """Move with the module, but keep the ranges in fp32: half precision rounds them away."""
         ranges, plain = self.input_range.data, self.plain_range
+        self.forget_step_weight()
         super()._apply(fn, recurse)
         moved = self.input_range.data
         if moved.dtype != torch.float32:
@@ -269,7 +284,12 @@ class AnalogLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is another layer to the graphs that it runs in."""
         super().__setstate__(state)
+        self._step_weight = None
         self.number = numbered(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew."""
+        return self.__dict__ | {"_step_weight": None}
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -283,6 +303,7 @@ class AnalogLayer(nn.Module):
             state_dict[prefix + "input_range"] = ranges.float()
             self.range_initializer.known = True
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.forget_step_weight()
         self.range_initializer.restart()
 
     def extra_repr(self) -> str:

@@ -24,7 +24,7 @@ def numbered(layer: Any) -> Tensor:
     """Enter ``layer`` under a number of its own, a scalar."""
     number = next(_NUMBERS)
     _LAYERS[number] = layer
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")  # whatever the default is: it is read in Python
 
 
 # The same seed gives the same noise in a recomputation: torch's global generator must be restored.
@@ -64,7 +64,9 @@ def initialize_ranges(
     x: Tensor, row_mask: Tensor | None, ranges: Tensor, batches: Tensor, number: Tensor
 ) -> None:
     """Take inputs ``x`` [..., in] into ``ranges`` [K], the numbered layer's."""
-    _LAYERS[int(number)].range_initializer.update(x, row_mask, ranges, batches)
+    layer = _LAYERS[int(number)]
+    initializer = layer.range_initializer
+    initializer.update(x, row_mask, ranges, batches, layer.tiles, layer.moment)
 
 
 @initialize_ranges.register_fake

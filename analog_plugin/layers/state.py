@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analog_plugin.errors import AnalogError, shown
 from analog_plugin.layers.prefix import repeated_positions
 from analog_plugin.scheme import AnalogScheme
 
@@ -42,7 +43,7 @@ class ForwardState:
         self.seed = seed
         self.step = 0
         self.micro_batch = 0
-        self.noise_per = "forward"
+        self._noise_per = "forward"
         self.keep_noise = True
         self.attention_mask: Tensor | None = None
         self.repeated: Tensor | None = None
@@ -56,6 +57,20 @@ class ForwardState:
     def seed(self, seed: int | None) -> None:
         self._seed = seed
         self.run += 1
+
+    @property
+    def noise_per(self) -> str:
+        """What meets noise of its own."""
+        return self._noise_per
+
+    @noise_per.setter
+    def noise_per(self, noise_per: str) -> None:
+        if noise_per not in ("forward", "step"):
+            raise AnalogError(
+                f"noise_per is {shown(noise_per)}, but must be 'forward' or 'step'; write "
+                "noise_per='step' to share noise among the micro-batches of an optimizer step."
+            )
+        self._noise_per = noise_per
 
     def generator(self, layer_name: str, device: torch.device) -> torch.Generator | None:
         """Generator of this layer's noise now; None where noise is not keyed."""
@@ -128,7 +143,6 @@ def forward_state(model: nn.Module) -> ForwardState:
     Raises:
         AnalogError: The model has no analog layer.
     """
-    from analog_plugin.errors import AnalogError
     from analog_plugin.layers.base import AnalogLayer
 
     for module in model.modules():

@@ -17,12 +17,11 @@ class Clipped(NamedTuple):
     """The inputs of one tile at the ends of its range or beyond.
 
     Args:
-        rows, columns: Where in the inputs [T, in], one index for each.
+        places: Their flat indices in the tile's inputs [T, rows].
         beyond: Whether each lies beyond the range, rather than on it.
     """
 
-    rows: Tensor
-    columns: Tensor
+    places: Tensor
     beyond: Tensor
 
 
@@ -30,8 +29,8 @@ class Digitized(NamedTuple):
     """What a DAC made of inputs.
 
     Args:
-        inputs: [T, in] what is multiplied: codes as fractions of ``2**(bits - 1)``, exact in every
-            type (products of whole codes leave the range of fp16).
+        inputs: [T, in] what is multiplied: codes as fractions of ``2**(bits - 1)``, exact in bf16
+            up to 8 bits and in fp16 up to 11 (products of whole codes leave the range of fp16).
         codes: [T, in] whole codes, one byte each up to 8 bits; None: not asked for.
         scales: Of each tile, [1, 1] or [T, 1] fp32: what one code stands for.
         clipped: Of each tile; None: not asked for, or inputs that are never clipped.
@@ -78,7 +77,7 @@ def digitize_inputs(
         if for_backward:
             codes.append(code.to(whole))
             if not dynamic:
-                clipped.append(_find_clipped(block, codes[-1], input_range[k], levels, start))
+                clipped.append(_find_clipped(block, codes[-1], input_range[k], levels))
         inputs.append(code.mul_(fraction).to(dtype))
     return Digitized(
         _joined(inputs),
@@ -92,30 +91,27 @@ def _joined(blocks: list[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
-def _find_clipped(
-    block: Tensor, codes: Tensor, input_range: Tensor, levels: int, start: int
-) -> Clipped:
+def _find_clipped(block: Tensor, codes: Tensor, input_range: Tensor, levels: int) -> Clipped:
     # Only codes at the ends can be clipped inputs; few are, so look at those alone.
-    index = _marked(codes.abs().clamp_min_(levels - 1).sub_(levels - 1))
-    row, column = index // codes.shape[1], index % codes.shape[1]
-    values = block[row, column].float().abs()
+    index = _indices(codes.abs().clamp_min_(levels - 1).sub_(levels - 1))
+    values = block[index // block.shape[1], index % block.shape[1]].float().abs()
     on_or_beyond = values >= input_range
-    row, column, values = row[on_or_beyond], column[on_or_beyond], values[on_or_beyond]
-    return Clipped(row, column + start, values > input_range)
+    return Clipped(index[on_or_beyond], values[on_or_beyond] > input_range)
 
 
-def _marked(marks: Tensor) -> Tensor:
+def _indices(marks: Tensor) -> Tensor:
     """Flat indices of the few entries of ``marks``, one or two bytes each, that are not zero.
 
     Whole words are searched first: comparing and searching byte by byte takes ten times as long.
     """
     per_word = 8 // marks.itemsize
     flat = marks.contiguous().view(-1)
+    narrow = torch.int32 if len(flat) < 2**31 else torch.int64  # half the memory
     if len(flat) % per_word:
-        return flat.nonzero().squeeze(1)
+        return flat.nonzero().squeeze(1).to(narrow)
     words = flat.view(torch.int64).nonzero().squeeze(1)
     word, place = flat.view(-1, per_word)[words].nonzero().unbind(1)
-    return words[word] * per_word + place
+    return words[word].mul_(per_word).add_(place).to(narrow)
 
 
 def count_clipped(
@@ -124,10 +120,10 @@ def count_clipped(
     """Add (clipped, all) inputs to ``counts`` [K, 2]; ``row_mask`` [T] tells which tokens count."""
     for count, found, width in zip(counts, clipped, tiles, strict=True):
         if row_mask is None:
-            count[0] += found.rows.numel()
+            count[0] += found.places.numel()
             count[1] += tokens * width
         else:
-            count[0] += row_mask[found.rows].sum()
+            count[0] += row_mask[found.places // width].sum()
             count[1] += row_mask.sum() * width
 
 
@@ -136,25 +132,36 @@ def convert_outputs(
 ) -> tuple[Tensor, Tensor | None]:
     """ADC: products [T, out] of :func:`digitize_inputs`' fractions to integer ADC codes, fp32.
 
-    ``block`` is overwritten if it is fp32.
+    ``block`` is overwritten unless it is of half precision.
 
     Returns:
-        The codes, and the flat indices of saturated ones; None: there are none, or not asked for.
+        The codes, and which are saturated: their flat indices, or where they are many a mark for
+        each output (int8). None: there are none, or not asked for.
     """
     levels = scheme.output_levels
     assert levels is not None
     unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme))
     inverse = torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
-    code = block.float().mul_(inverse).round_()
+    code = block.to(at_least_fp32(block.dtype)).mul_(inverse).round_()
     saturated = None
-    # Extremes cost a fraction of the search, but on a GPU they would have to be waited for.
-    if for_backward and (code.is_cuda or (code.numel() and largest_magnitude(code) > levels)):
-        # Arithmetic on whole numbers: a CPU compares several times more slowly.
-        marks = code.abs().clamp_(levels, levels + 1).sub_(levels).to(torch.int8)
-        saturated = _marked(marks)
-        if code.numel() < 2**31:  # half the memory
-            saturated = saturated.int()
+    if for_backward and code.is_cuda:  # where a search would have to be waited for
+        saturated = (code.abs() > levels).to(torch.int8)
+    # NaN is not small either.
+    elif for_backward and code.numel() and not largest_magnitude(code) <= levels:
+        saturated = _saturated(code, levels)
     return code.clamp_(-levels, levels), saturated
+
+
+def _saturated(code: Tensor, levels: int) -> Tensor:
+    # Arithmetic on whole numbers: a CPU compares several times more slowly.
+    marks = code.abs().clamp_(levels, levels + 1).sub_(levels).nan_to_num_(0.0).to(torch.int8)
+    many = int(marks.sum(dtype=torch.int64)) > marks.numel() // 8
+    return marks if many else _indices(marks)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The type of what follows the products: theirs, but no half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def adc_step(scheme: AnalogScheme) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from analog_plugin.ops.converters import (
     Digitized,
     adc_step,
+    at_least_fp32,
     convert_outputs,
     count_clipped,
     digitize_inputs,
@@ -143,7 +144,7 @@ class _AnalogMatmul(torch.autograd.Function):
             scales = [s.expand(s.shape[0], n) for s, n in zip(ctx.scales, tiles, strict=True)]
             inputs = torch.empty(codes.shape, dtype=context.dtype, device=codes.device)
             torch.mul(codes, ctx.scales[0] if len(tiles) == 1 else torch.cat(scales, 1), out=inputs)
-        masked = any(index is not None for index in ctx.saturated)
+        masked = any(marked is not None for marked in ctx.saturated)
         blocks = tile_bounds(tiles) if masked else [(0, codes.shape[1])]
         for k, (start, end) in enumerate(blocks):
             block = _without(grad, ctx.saturated[k] if masked else None)
@@ -163,8 +164,9 @@ class _AnalogMatmul(torch.autograd.Function):
 def _tile_products(
     made: Digitized, noisy: Tensor, column_max: Tensor, context: MatmulContext, for_backward: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Sum of all tiles' outputs [T, out], and of each tile the indices of its saturated ones."""
+    """Sum of all tiles' outputs [T, out], and of each tile which are saturated."""
     scheme, full = context.scheme, input_full_scale(context.scheme)
+    wide = at_least_fp32(noisy.dtype)
     out: Tensor | None = None
     saturated: list[Tensor | None] = []
     for k, (start, end) in enumerate(tile_bounds(context.tiles)):
@@ -174,24 +176,26 @@ def _tile_products(
         if disturbances is not None:
             block = disturb(block, *tile, scheme, disturbances)
         if scheme.output_bits is not None:
-            block, index = convert_outputs(block, column_max[k], scheme, for_backward)
-            saturated.append(index)
+            block, marked = convert_outputs(block, column_max[k], scheme, for_backward)
+            saturated.append(marked)
             factor = (column_max[k].float() * adc_step(scheme)) * made.scales[k]
         else:
             factor = made.scales[k] * full
         if out is None:
-            out = block.mul_(factor) if block.dtype == torch.float32 else block.float() * factor
+            out = block.to(wide).mul_(factor)
         else:
-            out.addcmul_(block.float(), factor.expand(block.shape))
+            out.addcmul_(block.to(wide), factor.to(wide).expand(block.shape))
     assert out is not None  # a layer has at least one tile
     return out, saturated
 
 
-def _without(grad: Tensor, index: Tensor | None) -> Tensor:
-    """``grad`` [T, out] with zeros at flat indices; itself where there are none."""
-    if index is None:
+def _without(grad: Tensor, saturated: Tensor | None) -> Tensor:
+    """``grad`` [T, out] with zeros at what :func:`convert_outputs` found saturated."""
+    if saturated is None:
         return grad
-    return grad.contiguous().clone().view(-1).index_fill_(0, index.long(), 0).view(grad.shape)
+    if saturated.dtype == torch.int8:
+        return grad.masked_fill(saturated.bool(), 0)
+    return grad.contiguous().clone().view(-1).index_fill_(0, saturated.long(), 0).view(grad.shape)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -220,7 +224,8 @@ def _clip_gradients(
     scheme, tiles = ctx.analog.scheme, ctx.analog.tiles
     grad_range = torch.zeros_like(input_range) if need_range else None
     for k, (start, end) in enumerate(tile_bounds(tiles)):
-        row, column, beyond = ctx.clipped[k]
+        index, beyond = ctx.clipped[k].places.long(), ctx.clipped[k].beyond
+        row, column = index // (end - start), start + index % (end - start)
         if grad_range is not None:
             outward = grad_x[row, column].float() * codes[row, column].sign().float()
             if scheme.range_gradient == "lsq":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from analog_plugin.scheme import AnalogScheme
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -16,6 +18,18 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+class Moment(NamedTuple):
+    """When a forward of training runs.
+
+    Args:
+        step: What identifies the optimizer step; None: every forward is one of its own.
+        micro_batch: Its index within the step.
+    """
+
+    step: Hashable | None
+    micro_batch: int
+
+
 class RangeInitializer:
     """``λ ← (λ·n + κ·std(x)) / (n + 1)`` over the first N optimizer steps of training.
 
@@ -23,16 +37,11 @@ class RangeInitializer:
     gradient checkpointing is recognised by its micro-batch and not counted again. Layers that share
     a range share its initializer.
 
-    Args:
-        layer: Whose inputs and ranges they are.
-
     Attributes:
         known: Whether the range holds a value from data, a file or the user.
     """
 
-    def __init__(self, layer: Any) -> None:
-        scheme = layer.scheme
-        self.layer = layer
+    def __init__(self, scheme: AnalogScheme) -> None:
         self.batches = scheme.range_init_batches
         self.kappa = scheme.range_init_std
         self.known = scheme.input_range == "dynamic" or scheme.input_bits is None
@@ -46,17 +55,24 @@ class RangeInitializer:
         self.sums: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, x: Tensor, row_mask: Tensor | None, ranges: Tensor, batches: Tensor) -> None:
+    def update(
+        self,
+        x: Tensor,
+        row_mask: Tensor | None,
+        ranges: Tensor,
+        batches: Tensor,
+        tiles: list[int],
+        moment: Moment,
+    ) -> None:
         """Take a micro-batch of inputs ``x`` [..., in] into ``ranges`` and ``batches``, in place.
 
         Args:
             row_mask: [T] bool, False where a token does not count; None: all count.
             ranges, batches: The layer's ``input_range`` [K] and ``range_batches``.
+            tiles: Rows of each tile.
+            moment: When it is.
         """
-        state = self.layer.state
-        # Without a seed every call is a batch of its own.
-        step: Hashable = None if state is None or state.seed is None else (state.run, state.step)
-        micro = 0 if state is None else state.micro_batch
+        step, micro = moment
         if step is None or step != self.step:
             self.step, self.seen, self.sums = step, set(), None
             self.base = None if batches >= self.batches else ranges.clone()
@@ -65,7 +81,7 @@ class RangeInitializer:
         if self.base is None:  # the step began after the last batch
             return
         self.seen.add(micro)
-        sums = all_reduce_sum(_moments(x, row_mask, self.layer.tiles))
+        sums = all_reduce_sum(_moments(x, row_mask, tiles))
         if not sums[0, 0] > 0:  # no token came here: an expert that none was routed to
             return
         if self.sums is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analog_plugin.ops.converters import adc_step, input_full_scale
+from analog_plugin.ops.converters import adc_step, at_least_fp32, input_full_scale
 from analog_plugin.ops.disturbance import disturb
 from analog_plugin.ops.matmul import MatmulContext
 
@@ -45,7 +45,7 @@ def traced_matmul(
         if disturbances is not None:
             disturbed = disturb(product, inputs, block, scheme, disturbances)
             product = product + (disturbed - product).detach()
-        product = product.float()
+        product = product.to(at_least_fp32(dtype))
         full = input_full_scale(scheme)
         if scheme.output_levels is None:
             product = product * (scale * full)

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from analog_plugin.errors import AnalogError, shown
+from analog_plugin.errors import AnalogError
 from analog_plugin.layers import ForwardState, analog_layers, forward_state
 from analog_plugin.layers.base import RANGE_FLOOR
 from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
 from analog_plugin.ops.ranges import all_reduce_sum
 
 logger = logging.getLogger(__name__)
+
+
+_SETTINGS = ("seed", "max_skipped", "noise_per", "keep_noise")
+#: What a resumed run goes on with.
+_CARRIED = ("skipped_steps", "skipped_in_a_row", "clip_start")
 
 
 class TrainingDiverged(AnalogError):
@@ -58,11 +63,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
         noise_per: str = "forward",
         keep_noise: bool = True,
     ) -> None:
-        if noise_per not in ("forward", "step"):
-            raise AnalogError(
-                f"noise_per is {shown(noise_per)}, but must be 'forward' or 'step'; write "
-                "noise_per='step' to share noise among the micro-batches of an optimizer step."
-            )
+        ForwardState().noise_per = noise_per  # refuses what it does not know
         self.seed, self.max_skipped = seed, max_skipped
         self.noise_per, self.keep_noise = noise_per, keep_noise
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -101,6 +102,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on noise is drawn anew, not keyed by the last step."""
         forward_state(kwargs["model"]).seed = None
+        self._forget_step_weights(kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Key the noise of the step's first micro-batch."""
@@ -119,6 +121,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Skip a step that is not finite; else add the ranges' decay to their gradients."""
         model = kwargs["model"]
+        self._forget_step_weights(model)  # the optimizer writes other ones
         self._ranges = []
         self._skip = self._skip_anywhere(model, args.device)
         if self._skip:
@@ -139,6 +142,10 @@ class AnalogCallback(TrainerCallback, ExportableState):
             grad = layer.input_range.grad
             layer.input_range.grad = decay if grad is None else grad.add_(decay)
             self._ranges.append((layer.input_range, layer.input_range.detach().clone()))
+
+    def _forget_step_weights(self, model: nn.Module) -> None:
+        for _, layer in analog_layers(model):
+            layer.forget_step_weight()
 
     def _skip_anywhere(self, model: nn.Module, device: torch.device) -> bool:
         """Whether the step is not finite in any process: all skip it, or they would part."""
@@ -173,11 +180,6 @@ class AnalogCallback(TrainerCallback, ExportableState):
             alpha = clip_alpha(layer.scheme, self.clip_start.get(name), done)
             if alpha is not None:
                 clip_to_sigma(layer.tile_weight, alpha)
-
-
-_SETTINGS = ("seed", "max_skipped", "noise_per", "keep_noise")
-#: What a resumed run goes on with.
-_CARRIED = ("skipped_steps", "skipped_in_a_row", "clip_start")
 
 
 def clip_alpha(scheme: Any, start: float | None, done: float) -> float | None:

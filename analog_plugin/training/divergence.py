@@ -89,10 +89,15 @@ class Divergence:
     cross_entropy: float = 0.0
     top_k: int | None = None
 
+    @property
+    def compares(self) -> bool:
+        """Whether the teacher counts."""
+        return self.cross_entropy < 1
+
     def __call__(
         self,
         student: Tensor,
-        teacher: Tensor | TopTokens,
+        teacher: Tensor | TopTokens | None,
         targets: Tensor | None,
         gradient: Tensor | None,
     ) -> Tensor:
@@ -100,7 +105,7 @@ class Divergence:
 
         Args:
             student: Logits [N, V]; only read.
-            teacher: Logits [N, V], or what is kept of them.
+            teacher: Logits [N, V], or what is kept of them; None where it does not count.
             targets: [N] token ids for the cross-entropy, -100 for none; None: without it.
             gradient: [N, V], written: the gradient with respect to ``student``.
 
@@ -113,13 +118,15 @@ class Divergence:
             rows = slice(start, start + size)
             target = None if targets is None else targets[rows]
             out = None if gradient is None else gradient[rows]
-            total += self._block(student[rows], teacher[rows], target, out)
+            total += self._block(
+                student[rows], None if teacher is None else teacher[rows], target, out
+            )
         return total
 
     def _block(
         self,
         student: Tensor,
-        teacher: Tensor | TopTokens,
+        teacher: Tensor | TopTokens | None,
         target: Tensor | None,
         out: Tensor | None,
     ) -> Tensor:
@@ -127,7 +134,9 @@ class Divergence:
         wanted = out is not None
         if isinstance(teacher, Tensor) and self.top_k is not None:
             teacher = TopTokens.of(teacher, self.top_k, self.temperature)
-        if isinstance(teacher, Tensor):
+        if teacher is None:  # not 0 times a KL that may be infinite
+            kl, slope = log_q.new_zeros(()), torch.zeros_like(log_q) if wanted else None
+        elif isinstance(teacher, Tensor):
             kl, slope = _whole(log_q, _log_softmax(teacher, self.temperature), wanted)
         else:
             kl, slope = _top(log_q, teacher, wanted)

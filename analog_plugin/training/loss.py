@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from analog_plugin.errors import AnalogError
 from analog_plugin.training.divergence import Divergence, TopTokens
 
 Head = Callable[[Tensor], Tensor]
@@ -81,12 +82,18 @@ def distillation_loss(
         A scalar; 0 where no position is scored.
 
     Raises:
-        AnalogError: ``top_k`` is greater than the vocabulary.
+        AnalogError: ``top_k`` is greater than the vocabulary, or not what is kept.
     """
     kept = slice(None) if mask is None else mask.reshape(-1).bool()
     student = student_hidden.reshape(-1, student_hidden.shape[-1])[kept]
     targets = None if labels is None else labels.reshape(-1)[kept]
     if isinstance(teacher_hidden, TopTokens):
+        held = teacher_hidden.tokens.shape[-1]
+        if top_k not in (None, held):
+            raise AnalogError(
+                f"top_k is {top_k}, but {held} tokens of the teacher are kept; write "
+                f"top_k: {held}, or keep others."
+            )
         teacher: Callable[[slice], Tensor | TopTokens] = teacher_hidden.flat()[kept].__getitem__
     else:
         assert teacher_head is not None
@@ -130,7 +137,7 @@ class _ChunkedLoss(torch.autograd.Function):
             hidden = student[piece].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = work.head(hidden)
-            goal = work.teacher(piece).to(logits.device)
+            goal = work.teacher(piece).to(logits.device) if work.divergence.compares else None
             target = None if work.targets is None else work.targets[piece]
             slope = None if gradients is None else gradients.of_logits(logits)
             total = total + work.divergence(logits.detach(), goal, target, slope)
@@ -142,6 +149,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradients of this distillation loss were given out already: a second backward "
+                "needs a second forward."
+            )
         made = ctx.gradients.scaled(outer[0])
         ctx.gradients = None
         return made[0], None, *made[1:]

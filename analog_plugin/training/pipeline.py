@@ -83,8 +83,10 @@ def train_analog(
     tokens = evaluation_rows(model, recipe, tokenizer)
     stored = None
     if train:
-        if recipe.distillation.teacher is not None:
-            stored = StoredTeacher(recipe.distillation.teacher)
+        loss = recipe.distillation
+        if loss.teacher is not None:
+            stored = StoredTeacher(loss.teacher)
+            stored.check_loss(loss.temperature, loss.top_k, loss.teacher_dtype)
         rehearse_training(model, recipe)
     # The teacher keeps the original weights; it is never saved.
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -97,15 +99,13 @@ def train_analog(
         prefix = None
         if scheme.prefix is not None:
             prefix = install_prefix(teacher, prefix_tokens(teacher, scheme.prefix))
-            remove_prefix(teacher)  # for now: tokens are sampled from the model as it came
+        if stored is not None:
+            stored.check(teacher)
+        remove_prefix(teacher)  # for now: tokens are sampled from the model as it came
         with _timed(times, "data"):
             rows = training_rows(teacher, recipe, tokenizer, dataset)
         if stored is not None:
-            if prefix is not None:
-                install_prefix(teacher, prefix)
-            settings = recipe.distillation
-            stored.check(teacher, rows, settings.temperature, settings.top_k)
-            remove_prefix(teacher)
+            stored.dataset(rows)  # refuses other tokens
         batches, held_out = calibration_batches(model, rows, recipe)
         with _timed(times, "evaluation"):
             measure = measure_plain = _Measurement(teacher, result, tokens)

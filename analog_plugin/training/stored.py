@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,20 +37,23 @@ _POSITIONS = 1024
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+_Count = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     name: str = Field(pattern=r"^rows-[0-9]{6}\.safetensors$")  # nowhere else than beside
-    rows: int = Field(gt=0)
+    rows: _Count
     sha256: _Digest
 
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal[1]
-    top_k: int = Field(gt=0)
-    temperature: float = Field(gt=0)
-    vocabulary: int = Field(gt=0)
-    length: int = Field(gt=1)
+    top_k: _Count
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    vocabulary: _Count
+    length: _Count
     tokens: _Digest
     teacher: _Digest
     prefix: list[int]
@@ -83,10 +87,20 @@ def store_teacher(
         overwrite: Replace a directory that is not empty.
 
     Raises:
-        AnalogError: k is greater than the vocabulary, or ``output`` cannot be written.
+        AnalogError: k is no number of tokens, the temperature not positive, ``rows`` are none, the
+            teacher gives no probabilities, or ``output`` cannot be written.
     """
     from safetensors.torch import save_file
 
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise AnalogError(f"{name} is {value}, but must be at least 1.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise AnalogError(f"temperature is {temperature}, but must be greater than 0.")
+    if rows.dim() != 2 or rows.numel() == 0:
+        raise AnalogError(
+            f"The rows have the shape {tuple(rows.shape)}, but must be token ids [rows, length]."
+        )
     check_output(output, overwrite)
     states, device = HiddenStates.of(teacher), next(teacher.parameters()).device
     files: list[dict[str, Any]] = []
@@ -101,6 +115,11 @@ def store_teacher(
                     logits = states.head(piece)
                     vocabulary = logits.shape[-1]
                     made.append(TopTokens.of(logits, top_k, temperature))
+                    if not bool(made[-1].log_probabilities.isfinite().all()):
+                        raise AnalogError(
+                            "The teacher's logits hold NaN or infinity; write dtype float32, or "
+                            "give another model."
+                        )
                 progress.update(batch.numel())
             shape = part.shape
             parts = (
@@ -125,11 +144,15 @@ def store_teacher(
             "files": files,
         }
         (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return StoredTeacher(output)
+    return StoredTeacher(output, verify=False)
 
 
 class StoredTeacher:
     """What :func:`store_teacher` wrote; rows are read when they are asked for.
+
+    Args:
+        directory: Where it is.
+        verify: Whether to compare the files with their hashes.
 
     Raises:
         AnalogError: It is not there, damaged, or of another format.
@@ -138,18 +161,28 @@ class StoredTeacher:
         top_k, temperature, vocabulary: What was stored.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, verify: bool = True) -> None:
         self.directory = Path(directory)
-        try:
-            manifest = _Manifest.model_validate(read_json(self.directory / MANIFEST))
-            for file in manifest.files:
-                if sha256_of(self.directory / file.name) != file.sha256:
-                    raise AnalogError(f"{file.name} is damaged")
-        except (AnalogError, ValidationError, OSError) as error:
+        path = self.directory / MANIFEST
+        if not path.is_file():
             raise AnalogError(
-                f"The stored teacher {directory} cannot be read: {one_line(error)}; write it with "
-                "optimum-cli analog teacher."
-            ) from None
+                f"{directory} holds no stored teacher; write one with optimum-cli analog teacher."
+            )
+        try:
+            manifest = _Manifest.model_validate(read_json(path))
+            damaged = [
+                file.name
+                for file in manifest.files
+                if verify and sha256_of(self.directory / file.name) != file.sha256
+            ]
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise self._unreadable(f"{MANIFEST}: {place}: {first['msg']}") from None
+        except (AnalogError, OSError) as error:
+            raise self._unreadable(str(error).rstrip(".")) from None
+        if damaged:
+            raise self._unreadable(f"{damaged[0]} is not the file that was written")
         self._manifest = manifest
         self.top_k, self.temperature = manifest.top_k, manifest.temperature
         self.vocabulary = manifest.vocabulary
@@ -157,33 +190,52 @@ class StoredTeacher:
         for file in manifest.files:
             self._starts.append(self._starts[-1] + file.rows)
 
-    def check(
-        self, teacher: nn.Module, rows: Tensor, temperature: float = 1.0, top_k: int | None = None
+    def _unreadable(self, why: str) -> AnalogError:
+        return AnalogError(
+            f"The stored teacher {self.directory} cannot be read: {why}; write it anew with "
+            "optimum-cli analog teacher."
+        )
+
+    def check_loss(
+        self, temperature: float = 1.0, top_k: int | None = None, teacher_dtype: Any = None
     ) -> None:
-        """Refuse to stand in for another teacher, or on other tokens.
+        """Refuse settings of a loss other than what was stored.
+
+        Raises:
+            AnalogError: One of them is, or is about a teacher in memory.
+        """
+        told = {
+            f"temperature {self.temperature}, not {temperature}": self.temperature == temperature,
+            f"top_k {self.top_k}, not {top_k}": top_k in (None, self.top_k),
+            f"a type of its own, not {teacher_dtype}": teacher_dtype is None,
+        }
+        other = [what for what, same in told.items() if not same]
+        if other:
+            raise AnalogError(
+                f"The stored teacher {self.directory} has {other[0]}; write the loss so, or store "
+                "the teacher anew with optimum-cli analog teacher."
+            )
+
+    def check(self, teacher: nn.Module) -> None:
+        """Refuse to stand in for another teacher.
 
         Args:
             teacher: The digital original, with its prefix.
-            rows: Training tokens [rows, length].
-            temperature, top_k: Of the loss.
 
         Raises:
-            AnalogError: One of them is not what was stored.
+            AnalogError: The model or its digital prefix is not what was stored.
         """
         own = self._manifest
-        told = [
-            ("model", own.teacher == fingerprint(teacher)),
-            ("training tokens", own.tokens == _digest(rows)),
-            (f"digital prefix (stored with {own.prefix})", own.prefix == _prefix(teacher)),
-            (f"temperature (stored for {own.temperature})", own.temperature == temperature),
-            (f"top_k (stored with {own.top_k})", top_k in (None, own.top_k)),
-        ]
-        other = [what for what, same in told if not same]
-        if other:
-            raise AnalogError(
-                f"The stored teacher {self.directory} is for another {other[0]}; write it anew "
-                "with optimum-cli analog teacher and the same model and recipe."
-            )
+        if own.teacher != fingerprint(teacher):
+            raise self._another("model")
+        if own.prefix != _prefix(teacher):
+            raise self._another(f"digital prefix (it was stored with {own.prefix})")
+
+    def _another(self, what: str) -> AnalogError:
+        return AnalogError(
+            f"The stored teacher {self.directory} is for another {what}; write it anew with "
+            "optimum-cli analog teacher and the same model and recipe."
+        )
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -196,13 +248,18 @@ class StoredTeacher:
         """
         from safetensors import SafetensorError, safe_open
 
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
         file, at = self._manifest.files[number], index - self._starts[number]
         length, k = self._manifest.length, self.top_k
         shapes = [(length, k), (length, k), (length,)]
         try:
             with safe_open(self.directory / file.name, framework="pt") as opened:
-                found = {name: opened.get_slice(name)[at] for name in FIELDS}
+                slices = {name: opened.get_slice(name) for name in FIELDS}
+                if any(each.get_shape()[0] != file.rows for each in slices.values()):
+                    raise self._wrong(file, f"it does not hold {file.rows} rows")
+                found = {name: each[at] for name, each in slices.items()}
         except (SafetensorError, OSError, IndexError) as error:
             raise self._wrong(file, one_line(error)) from None
         for (name, dtype), shape in zip(FIELDS.items(), shapes, strict=True):
@@ -222,7 +279,13 @@ class StoredTeacher:
         )
 
     def dataset(self, rows: Tensor) -> Dataset:
-        """Training rows [rows, length], each with what is stored for it."""
+        """Training rows [rows, length] without padding, each with what is stored for it.
+
+        Raises:
+            AnalogError: They are not those that the teacher was computed on.
+        """
+        if len(rows) != len(self) or _digest(rows) != self._manifest.tokens:
+            raise self._another("set of training tokens")
         return _Rows(self, rows)
 
 
@@ -245,8 +308,8 @@ def taken(inputs: dict[str, Any]) -> TopTokens:
     """
     if not all(name in inputs for name in FIELDS):
         raise AnalogError(
-            "A batch has no logits of the stored teacher; write train_dataset="
-            "teacher.dataset(rows), and remove_unused_columns=False for a collator of your own."
+            "A batch has nothing of the stored teacher; give its dataset(rows) as train_dataset, "
+            "and for an evaluation the dataset of another one that was stored for those rows."
         )
     tokens, log_probabilities, log_rest = (inputs.pop(name) for name in FIELDS)
     return TopTokens(tokens.long(), log_probabilities, log_rest)

@@ -82,6 +82,7 @@ class AnalogTrainer(Trainer):
             self.can_return_loss = True
         self.teacher = teacher
         if isinstance(teacher, StoredTeacher):
+            teacher.check_loss(temperature, top_k, teacher_dtype)
             self.args.remove_unused_columns = False  # the model knows nothing of its logits
             with digital_layers(model):
                 self._student_states = HiddenStates.of(model)
@@ -191,8 +192,8 @@ class AnalogTrainer(Trainer):
             names = " and ".join("noise_seed" if n == "seed" else n for n in given)
             written = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise AnalogError(
-                f"{names} was given beside callbacks with an AnalogCallback, which has settings of "
-                f"its own; write AnalogCallback({written}) alone."
+                f"AnalogTrainer was given {names}, but callbacks hold an AnalogCallback, which has "
+                f"settings of its own; write AnalogCallback({written}) alone."
             )
 
     def _teacher_head(self, hidden: Tensor) -> Tensor:

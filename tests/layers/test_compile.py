@@ -165,3 +165,17 @@ def test_generated_code_computes_the_same(dtype):
     for a, b in zip(*results, strict=True):
         # An output may fall on the next ADC code, where fused arithmetic rounds otherwise.
         assert float((a - b).norm() / a.norm()) < max(resolution, 2e-3)
+
+
+def test_a_layer_born_without_memory_runs_in_a_graph():
+    scheme = AnalogScheme(weight_noise=0.05, output_bits=None)
+    with torch.device("meta"):
+        born = AnalogLinear(16, 8, bias=False, scheme=scheme)
+    born = born.to_empty(device="cpu").train()
+    nn.init.normal_(born.weight)
+    born.set_input_range(2.0)
+    born.name, born.state = "layer", ForwardState(seed=1)
+    x = torch.randn(4, 16)
+    expected = born(x)
+    compiled = torch.compile(born, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,9 @@
 """Training noise: its size, its keys, and that recomputation repeats it."""
 
+import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -37,7 +40,8 @@ def layer(inputs=256, outputs=96, **scheme):
 @pytest.mark.parametrize("gamma", [0.01, 0.03, 0.2])
 def test_noise_is_gaussian_and_relative_to_the_columns_maximum(gamma, tile_rows, options):
     made = layer(weight_noise=gamma, tile_rows=tile_rows)
-    vars(made.state).update(options)
+    for name, value in options.items():
+        setattr(made.state, name, value)
     blocks = zip(
         weight_errors(made, 1.0).split(made.tiles, 1),
         made.weight.detach().split(made.tiles, 1),
@@ -156,7 +160,8 @@ def test_gradient_checkpointing_of_a_model_changes_no_gradient(name, seed, optio
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         forward_state(model).seed = seed
-        vars(forward_state(model)).update(options)
+        for option, value in options.items():
+            setattr(forward_state(model), option, value)
         ids = token_ids()
         torch.manual_seed(8)
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -287,3 +292,45 @@ def test_noise_per_step_is_one_for_all_micro_batches_and_new_in_each_step(keep_n
     torch.testing.assert_close(weight_errors(made, 1.0), 2 * second, rtol=1e-3, atol=1e-5)
     made.eval()
     assert float(weight_errors(made, 1.0).abs().max()) < 1e-5
+
+
+def test_writes_that_no_version_shows_can_be_told():
+    made = layer(weight_noise=0.1)
+    made.state.noise_per = "step"
+    first = weight_errors(made, 1.0)
+    made.weight.data.mul_(2)
+    made.forget_step_weight()
+    torch.testing.assert_close(weight_errors(made, 1.0), 2 * first, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_models_are_copied_without_the_weights_of_a_step(gamma, name):
+    model = convert_to_analog(tiny(name), AnalogScheme(weight_noise=gamma)).train()
+    forward_state(model).seed, forward_state(model).noise_per = 0, "step"
+    for _, each in analog_layers(model):
+        each.set_input_range(2.0)
+    model(token_ids(), use_cache=False)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    original = tiny(name)
+    for (label, value), (_, kept) in zip(
+        original.named_parameters(), ((n, p) for n, p in twin.named_parameters()
+        if not n.endswith("input_range")), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(value, kept), label
+    twin(token_ids(), use_cache=False)
+
+
+def test_a_layer_is_freed_without_a_garbage_collection():
+    gc.disable()
+    try:
+        made = layer(weight_noise=0.1)
+        made(torch.randn(2, 256)).sum().backward()
+        gone = weakref.ref(made)
+        del made
+        assert gone() is None
+    finally:
+        gc.enable()

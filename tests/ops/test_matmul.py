@@ -236,3 +236,37 @@ def test_column_maxima_are_those_of_each_tile():
     weight[0] = -weight[0].abs()
     expected = torch.stack([weight[:, :5].abs().amax(1), weight[:, 5:].abs().amax(1)])
     assert torch.equal(column_maximum(weight, [5, 43]), expected)
+
+
+def test_a_nan_in_one_row_leaves_the_gradients_of_others_alone():
+    scheme, ranges = AnalogScheme(out_bound=0.5), torch.tensor([2.0])
+    x, weight, grad = draw(0)
+    grad[0] = 0
+    made = []
+    for first in (x[0], x[0] * float("nan")):
+        rows = torch.cat([first[None], x[1:]]).requires_grad_()
+        product(rows, weight, ranges, scheme, [48]).backward(grad)
+        made.append(rows.grad[1:])
+    assert torch.equal(*made)
+
+
+def test_float64_keeps_its_precision():
+    x, weight, _ = (t.double() for t in draw(0))
+    scheme = AnalogScheme(input_bits=None, output_bits=None)
+    for tiles in ([48], [16, 32]):
+        y = product(x, weight, torch.ones(len(tiles)), scheme, tiles)
+        torch.testing.assert_close(y, x @ weight.T, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.8, 3.0], ids=["most", "many", "few"])
+def test_however_many_outputs_saturate_their_gradient_is_zero(bound):
+    scheme, ranges = AnalogScheme(out_bound=bound), torch.tensor([2.0])
+    x, weight, grad = draw(3, inputs=48, outputs=16, tokens=32)
+    leaf = x.clone().requires_grad_()
+    y = product(leaf, weight, ranges, scheme, [48])
+    y.backward(grad)
+    limit = bound * 2.0 * column_maximum(weight, [48])[0]
+    codes = (x.clamp(-2, 2) / (2 / 127)).round() * (2 / 127)
+    passed = ((codes @ weight.T) * 127 / limit).round().abs() <= 127
+    expected = ((grad * passed) @ weight) * (x.abs() <= 2)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from analog_plugin.training import distillation_loss, kl_divergence
+from analog_plugin import AnalogError
+from analog_plugin.training import TopTokens, distillation_loss, kl_divergence
 
 T, HIDDEN, VOCABULARY = 23, 16, 50
 
@@ -223,3 +224,26 @@ def test_half_precision_logits_are_compared_in_fp32(dtype):
     expected = kl_divergence(head(hidden[0]).double(), head(goal[0]).double()).mean()
     assert loss.dtype == torch.float32 and hidden.grad.dtype == dtype
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_what_does_not_count_cannot_spoil_the_loss():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    student, teacher = nn.Linear(4, 6), nn.Linear(4, 6)
+    with torch.no_grad():
+        student.bias[2] = float("-inf")  # an infinite KL where the teacher has probability
+    labels = torch.tensor([[0, 1, 3]])
+    loss = distillation_loss(
+        hidden, torch.randn(1, 3, 4), student, teacher, labels=labels, cross_entropy=1.0
+    )
+    expected = nn.functional.cross_entropy(student(hidden)[0], labels[0])
+    torch.testing.assert_close(loss, expected)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="needs a second forward"):
+        loss.backward()
+
+
+def test_another_number_of_tokens_than_is_kept_is_refused():
+    kept = TopTokens.of(torch.randn(3, 6), 4)
+    kept = TopTokens(*(t[None] for t in (kept.tokens, kept.log_probabilities, kept.log_rest)))
+    with pytest.raises(AnalogError, match="top_k is 2, but 4 tokens of the teacher are kept"):
+        distillation_loss(torch.randn(1, 3, 4), kept, nn.Linear(4, 6), None, top_k=2)

@@ -14,7 +14,7 @@ from analog_plugin import AnalogError, AnalogTrainer
 from analog_plugin.files import sha256_of
 from analog_plugin.training.loss import distillation_loss
 from analog_plugin.training.pipeline import train_analog
-from analog_plugin.training.stored import MANIFEST, StoredTeacher, store_teacher
+from analog_plugin.training.stored import MANIFEST, StoredTeacher, store_teacher, taken
 
 ROWS = token_ids(8, 16)
 
@@ -70,8 +70,6 @@ def test_training_from_it_is_training_with_the_teacher(name, stored, make_traine
 def test_fewer_tokens_are_the_top_k_loss(stored):
     teacher, student = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1, seed=5)
     made = stored(teacher, top_k=4)
-    from analog_plugin.training.stored import taken
-
     with torch.no_grad():
         hidden, goal = student.model(ROWS)[0], teacher.model(ROWS)[0]
         heads = student.lm_head, teacher.lm_head
@@ -128,26 +126,74 @@ def test_the_pipeline_trains_from_it_without_a_second_model(stored, recipe, monk
     assert history[1] == pytest.approx(history[0], rel=1e-4)
 
 
-def test_another_teacher_tokens_or_settings_are_refused(stored, recipe):
+def test_another_teacher_tokens_or_settings_are_refused(stored, recipe, make_trainer):
     model = with_prefix(tiny(num_hidden_layers=1))
     made = stored(model, top_k=8, temperature=2.0)
-    made.check(model, ROWS, 2.0, 8)
-    made.check(model, ROWS, 2.0)
-    for what, wrong in {
-        "another model": (with_prefix(tiny(num_hidden_layers=1, seed=5)), ROWS, 2.0),
-        "another training tokens": (model, ROWS.flip(0), 2.0),
-        r"another digital prefix \(stored with": (tiny(num_hidden_layers=1), ROWS, 2.0),
-        r"another temperature \(stored for 2.0\)": (model, ROWS, 1.0),
-        r"another top_k \(stored with 8\)": (model, ROWS, 2.0, 9),
+    made.check(model)
+    made.check_loss(2.0)
+    made.check_loss(2.0, 8)
+    for wrong, what in {
+        with_prefix(tiny(num_hidden_layers=1, seed=5)): "for another model",
+        tiny(num_hidden_layers=1): r"for another digital prefix \(it was stored with",
     }.items():
         with pytest.raises(AnalogError, match=what):
-            made.check(*wrong)
+            made.check(wrong)
+    for settings, what in (
+        ((1.0,), "has temperature 2.0, not 1.0"),
+        ((2.0, 9), "has top_k 8, not 9"),
+        ((2.0, 8, "bfloat16"), "has a type of its own, not bfloat16"),
+    ):
+        with pytest.raises(AnalogError, match=what):
+            made.check_loss(*settings)
+    for rows in (ROWS.flip(0), ROWS[:7], torch.cat([ROWS, ROWS[:1]])):
+        with pytest.raises(AnalogError, match="for another set of training tokens"):
+            made.dataset(rows)
+    for index in (8, -1):
+        with pytest.raises(IndexError, match="of 8"):
+            made.row(index)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 1.0}, "has temperature 2.0, not 1.0"),
+        ({"teacher_dtype": "bfloat16"}, "type of its own"),
+        ({"teacher": "nowhere"}, "nowhere holds no stored teacher"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_leaves_the_model_as_it_was(changes, message, stored, recipe):
+    made = stored(with_prefix(tiny(num_hidden_layers=1)), temperature=2.0)
     digital = tiny(num_hidden_layers=1)
     before = {n: p.clone() for n, p in digital.named_parameters()}
-    settings = recipe | {"distillation": {"teacher": str(made.directory), "temperature": 1.0}}
-    with pytest.raises(AnalogError, match="another temperature"):
-        train_analog(digital, settings, dataset=ROWS)
+    loss = {"teacher": str(made.directory), "temperature": 2.0} | changes
+    with pytest.raises(AnalogError, match=message):
+        train_analog(digital, recipe | {"distillation": loss}, dataset=ROWS)
     assert all(torch.equal(p, before[n]) for n, p in digital.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"rows": ROWS[0]}, r"have the shape \(16,\)"),
+        ({"rows": ROWS[:0]}, r"have the shape \(0, 16\)"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_the_work(options, message, stored, tmp_path):
+    with pytest.raises(AnalogError, match=message):
+        stored(**options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_without_probabilities_is_not_stored(stored, tmp_path):
+    broken = tiny(num_hidden_layers=1)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = float("nan")
+    with pytest.raises(AnalogError, match="hold NaN or infinity"):
+        stored(broken, top_k=4)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_batches_without_it_are_refused(stored, make_trainer):
@@ -157,7 +203,7 @@ def test_batches_without_it_are_refused(stored, make_trainer):
         def __init__(self, model, teacher=None, **kwargs):
             super().__init__(model, teacher=made, **kwargs)
 
-    with pytest.raises(AnalogError, match=r"write train_dataset=teacher.dataset\(rows\)"):
+    with pytest.raises(AnalogError, match=r"give its dataset\(rows\) as train_dataset"):
         make_trainer(cls=FromDisk).train()
 
 
@@ -205,16 +251,26 @@ def test_values_that_are_none_of_a_teacher_are_refused(change, stored):
         lambda d: (d / MANIFEST).write_text(
             (d / MANIFEST).read_text().replace('"top_k": 4', '"top_k": 0')
         ),
-        lambda d: (d / MANIFEST).write_text(
-            (d / MANIFEST).read_text().replace('"format": 1', '"format": 2')
+        *(
+            lambda d, old=old, new=new: (d / MANIFEST).write_text(
+                (d / MANIFEST).read_text().replace(old, new, 1)
+            )
+            for old, new in {
+                '"format": 1': '"format": 2',
+                '"vocabulary": 128': '"vocabulary": 1' + "0" * 30,
+                '"rows": 3': '"rows": 2',
+                '"rows": 2': '"rows": 1' + "0" * 30,
+                '"temperature": 1.0': '"temperature": Infinity',
+                '"length": 16': '"length": 17',
+            }.items()
         ),
     ],
 )
 def test_damage_is_one_sentence(damage, stored):
     made = stored(top_k=4)
     damage(made.directory)
-    with pytest.raises(AnalogError, match=r"cannot be read: .*write it with optimum-cli analog"):
-        StoredTeacher(made.directory)
+    with pytest.raises(AnalogError, match=r"write (it anew|one) with optimum-cli analog teacher"):
+        StoredTeacher(made.directory).row(0)
 
 
 def test_more_tokens_than_there_are_leave_nothing_behind(stored, tmp_path):

@@ -47,9 +47,8 @@ def main_teacher(
     Raises:
         AnalogError: Something given is wrong; one sentence says what, and nothing was written.
     """
-    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise AnalogError(f"{name} is {value}, but must be at least 1.")
+    if top_k is not None and top_k < 1:
+        raise AnalogError(f"top_k is {top_k}, but must be at least 1.")
     settings = effective_recipe(recipe)
     check_output(output, overwrite)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
