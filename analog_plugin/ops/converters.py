@@ -140,9 +140,7 @@ def convert_outputs(
     """
     levels = scheme.output_levels
     assert levels is not None
-    unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme))
-    inverse = torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
-    code = block.to(at_least_fp32(block.dtype)).mul_(inverse).round_()
+    code = block.to(at_least_fp32(block.dtype)).mul_(adc_gain(column_max, scheme)).round_()
     saturated = None
     if for_backward and code.is_cuda:  # where a search would have to be waited for
         saturated = (code.abs() > levels).to(torch.int8)
@@ -162,6 +160,12 @@ def _saturated(code: Tensor, levels: int) -> Tensor:
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """The type of what follows the products: theirs, but no half precision."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def adc_gain(column_max: Tensor, scheme: AnalogScheme) -> Tensor:
+    """ADC codes for a product of 1 [out], of columns with ``column_max``; 0 where that is 0."""
+    unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme))
+    return torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
 
 
 def adc_step(scheme: AnalogScheme) -> float:

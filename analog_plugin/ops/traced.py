@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analog_plugin.ops.converters import adc_step, at_least_fp32, input_full_scale
+from analog_plugin.ops.converters import adc_gain, adc_step, at_least_fp32, input_full_scale
 from analog_plugin.ops.disturbance import disturb
 from analog_plugin.ops.matmul import MatmulContext
 
@@ -50,9 +50,8 @@ def traced_matmul(
         if scheme.output_levels is None:
             product = product * (scale * full)
         else:
-            unit = peak * (adc_step(scheme) / full)
-            inverse = torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
-            code = _round(product * inverse).clamp(-scheme.output_levels, scheme.output_levels)
+            code = _round(product * adc_gain(peak, scheme))
+            code = code.clamp(-scheme.output_levels, scheme.output_levels)
             product = code * (peak * adc_step(scheme) * scale)
         out = product if out is None else out + product
     assert out is not None  # a layer has at least one tile
