@@ -10,7 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
+from pydantic_core import PydanticCustomError
 
 from analog_plugin.errors import AnalogError, one_line, shown
 
@@ -114,10 +122,59 @@ class EvaluationSettings(_Settings):
     batch_size: int = Field(4, gt=0)
 
 
-class DeploySettings(_Settings):
-    """The profile of the checkpoint, a name from the hook ``analog_exporters``."""
+def _names(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return value
+    several = value if isinstance(value, (list, tuple)) else ()
+    if not several or not all(isinstance(name, str) for name in several):
+        raise PydanticCustomError("names", "it should be a name or a list of names")
+    return tuple(dict.fromkeys(several))
 
-    profile: str = "analog-fp"
+
+class DeploySettings(_Settings):
+    """What is written.
+
+    Args:
+        profile: A name from the hook ``analog_exporters``, or several: then each is a directory of
+            its name below the output.
+        weight_scale: How weights are rounded: each row's largest magnitude is its largest code
+            (``"max"``), or rows are clipped where their squared error is least (``"mse"``).
+        average_bits, max_bytes: The budget of a mixed profile, in bits a weight of the quantized
+            layers, or in bytes of their codes and scales.
+    """
+
+    profile: Annotated[Any, BeforeValidator(_names)] = "analog-fp"
+    weight_scale: Literal["max", "mse"] | None = None
+    average_bits: float | None = Field(None, gt=0)
+    max_bytes: int | None = Field(None, gt=0)
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """All profiles by name."""
+        return (self.profile,) if isinstance(self.profile, str) else self.profile
+
+    def options(self, profile: str) -> dict[str, Any]:
+        """The options given that ``profile`` takes."""
+        from analog_plugin.plugins import exporters, lookup
+
+        known = lookup(exporters(), profile, "deploy profile").options
+        return {name: value for name, value in self._given().items() if name in known}
+
+    def check(self) -> None:
+        """Refuse unknown profiles, and options that none of them takes.
+
+        Raises:
+            AnalogError: One sentence on the first fault.
+        """
+        taken = {name for profile in self.profiles for name in self.options(profile)}
+        for name in self._given():
+            if name not in taken:
+                raise AnalogError(
+                    f"deploy: {name} is no option of the profile {', '.join(self.profiles)}."
+                )
+
+    def _given(self) -> dict[str, Any]:
+        return {k: v for k, v in dict(self).items() if k != "profile" and v is not None}
 
 
 class AnalogRecipe(_Settings):
@@ -158,7 +215,6 @@ class AnalogRecipe(_Settings):
             AnalogError: One sentence on the first fault.
         """
         from analog_plugin.noise import resolve_noise
-        from analog_plugin.plugins import exporters, lookup
         from analog_plugin.presets import resolve_scheme
 
         if not isinstance(values, (Mapping, cls)):
@@ -189,7 +245,7 @@ class AnalogRecipe(_Settings):
             recipe = recipe.model_copy(update={"scheme": scheme.to_dict(), "assignment": None})
         resolve_scheme(recipe.scheme)
         resolve_noise(recipe.calibration.noise)
-        lookup(exporters(), recipe.deploy.profile, "deploy profile")
+        recipe.deploy.check()
         for noise in recipe.evaluation.noise if recipe.evaluation else ():
             resolve_noise(noise)
         return recipe

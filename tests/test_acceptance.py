@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from analog_plugin import load_checkpoint, save_checkpoint, train_analog
 from analog_plugin.checkpoint import plain_view
+from analog_plugin.checkpoint.save import plan_export
 from analog_plugin.demo import resolve_model
 from analog_plugin.layers.prefix import install_prefix, installed_prefix
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer
@@ -52,7 +53,9 @@ def test_the_prepared_start_is_far_better_and_everything_reloads(source, tmp_pat
         analog = load_checkpoint(tmp_path / "out")
         assert torch.equal(analog(ids).logits, new.model(ids).logits)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-        assert torch.equal(plain(ids).logits, plain_view(new.model)(ids).logits)
+        assert torch.equal(
+            plain(ids).logits, plain_view(new.model, plan_export(new.model))(ids).logits
+        )
 
 
 def test_prompts_of_different_lengths_generate_in_a_batch_as_one_by_one(source):

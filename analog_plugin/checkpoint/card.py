@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from analog_plugin.checkpoint.plain import plain_input_scales, plain_layers
+from analog_plugin.checkpoint.digital import DigitalPlan
 from analog_plugin.evaluation.tables import TITLES, Summary
 from analog_plugin.layers import analog_layers, model_scheme
 from analog_plugin.scheme import AnalogScheme
@@ -68,8 +68,8 @@ def _paired_differences(reports: Mapping[str, Any], metrics: Sequence[str]) -> l
     return lines
 
 
-def model_card(model: Any, profile: str, result: Any | None) -> str:
-    """The text of the checkpoint's ``README.md``."""
+def model_card(model: Any, profile: str, result: Any | None, plan: Any = None) -> str:
+    """The text of the checkpoint's ``README.md``; ``plan`` is what the profile's exporter made."""
     layers = dict(analog_layers(model))
     scheme = model_scheme(model)
     base = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -94,7 +94,10 @@ def model_card(model: Any, profile: str, result: Any | None) -> str:
         *_start(scheme),
         "",
     ]
-    return "\n".join([*head, *_usage(profile), *_measured(result), *_limits(model, profile)]) + "\n"
+    return (
+        "\n".join([*head, *_usage(profile), *_measured(result), *_limits(model, profile, plan)])
+        + "\n"
+    )
 
 
 def _training(scheme: AnalogScheme, result: Any | None) -> list[str]:
@@ -150,9 +153,9 @@ def _measured(result: Any | None) -> list[str]:
     return [] if result is None else ["## Measured", "", result_table(result)]
 
 
-def _limits(model: nn.Module, profile: str) -> list[str]:
+def _limits(model: nn.Module, profile: str, plan: Any) -> list[str]:
     layers = [layer for _, layer in analog_layers(model)]
-    quantized = plain_layers(model)
+    quantized = plan.layers if isinstance(plan, DigitalPlan) else {}
     kept = [name for name, _ in analog_layers(model) if name not in quantized]
     lines = ["## Limits", ""]
     if quantized and kept:
@@ -160,7 +163,7 @@ def _limits(model: nn.Module, profile: str) -> list[str]:
             "- For plain loaders these layers are not quantized, since the first tokens' massive "
             f"activations would take the range from all others: {', '.join(kept)}."
         )
-    if plain_input_scales(model):
+    if any(layer.input_scale is not None for layer in quantized.values()):
         if any(layer.plain_range is not None for layer in layers):
             lines.append(
                 "- Plain loaders know no digital prefix: one input range a layer, the first "
@@ -176,6 +179,7 @@ def _limits(model: nn.Module, profile: str) -> list[str]:
             f"- Plain loaders quantize inputs to [-{levels + 1}, {levels}], the analog DAC to "
             f"±{levels}: a value clipped below the range differs by one code."
         )
+    lines += [f"- {note}" for note in getattr(plan, "notes", ())]
     if profile == "analog-fp":
         lines.append("- The directory's digital reading has neither ADC nor noise.")
     return lines

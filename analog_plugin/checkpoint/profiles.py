@@ -1,4 +1,4 @@
-"""The deploy profiles: what stands in ``config.json`` and ``model*.safetensors``."""
+"""Write a profile: what stands in ``config.json`` and ``model*.safetensors``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from analog_plugin.checkpoint.digital import DigitalLayer, DigitalPlan
 from analog_plugin.checkpoint.layout import STATE_FILE, VERSION
-from analog_plugin.checkpoint.plain import plain_input_scales, plain_layers, quantize_rows
-from analog_plugin.errors import AnalogError
 from analog_plugin.files import sha256_of
-from analog_plugin.layers import AnalogConv1D, analog_layers, model_scheme
+from analog_plugin.layers import analog_layers, model_scheme
 from analog_plugin.layers.prefix import installed_prefix
 
 #: State of analog layers that plain loaders do not know.
 _ANALOG_ONLY = ("input_range", "range_batches")
 
 
-def write_analog_fp(model: Any, directory: Path) -> Mapping[str, Any]:
+def write_analog_fp(model: Any, directory: Path, plan: DigitalPlan) -> Mapping[str, Any]:
     """Full-precision weights with static input scales, and the exact analog state.
 
     Without this package it loads as a digital model with statically quantized inputs (none where a
@@ -29,13 +29,7 @@ def write_analog_fp(model: Any, directory: Path) -> Mapping[str, Any]:
     from safetensors.torch import save_file
 
     layers = dict(analog_layers(model))
-    state = _digital_state(model)
-    quantization = None
-    if plain_layers(model):
-        for name, scale in plain_input_scales(model).items():
-            state[f"{name}.input_scale"] = scale
-        quantization = _quantization_config(model, "dense", None)
-    _write_model(model, directory, state, quantization)
+    _write_model(model, directory, _digital_state(model, plan), _quantization_config(model, plan))
     (directory / STATE_FILE).parent.mkdir(exist_ok=True)
     save_file(analog_state(model), directory / STATE_FILE)
     return {
@@ -58,47 +52,45 @@ def analog_state(model: Any) -> dict[str, Tensor]:
     return state if prefix is None else state | prefix.to_tensors()
 
 
-def check_w8a8(model: nn.Module) -> None:
-    """Refuse what :func:`write_w8a8` cannot write.
+def write_digital(model: Any, directory: Path, plan: DigitalPlan) -> None:
+    """Integer weights with one scale a channel, and static inputs; purely digital.
 
-    Raises:
-        AnalogError: The model has ``Conv1D`` layers, or its inputs are not static 8-bit ones.
+    Layers that are not in ``plan`` keep their full precision.
     """
-    layers = [layer for _, layer in analog_layers(model)]
-    if any(isinstance(layer, AnalogConv1D) for layer in layers):
-        raise AnalogError(
-            f"{type(model).__name__} has Conv1D layers, which compressed-tensors does not "
-            "quantize; write profile: analog-fp."
-        )
-    for scheme in (layer.scheme for layer in layers):
-        if scheme.input_bits != 8 or scheme.input_range == "dynamic":
-            raise AnalogError(
-                "The profile w8a8 needs static 8-bit inputs, but the scheme has input_bits "
-                f"{scheme.input_bits} and input_range {scheme.input_range}; write profile: "
-                "analog-fp."
-            )
+    _write_model(model, directory, _digital_state(model, plan), _quantization_config(model, plan))
 
 
-def write_w8a8(model: Any, directory: Path) -> None:
-    """int8 weights with one scale a channel, and static 8-bit inputs; purely digital.
+def _digital_state(model: nn.Module, plan: DigitalPlan) -> dict[str, Tensor]:
+    """The state that the digital model would have, quantized as planned."""
+    analog = {f"{name}.{part}" for name, _ in analog_layers(model) for part in _ANALOG_ONLY}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in analog}
+    for name, layer in plan.layers.items():
+        if layer.weight_bits is not None:
+            weight = state.pop(f"{name}.weight")
+            for part, tensor in _weight_tensors(weight, layer, plan.profile.packed).items():
+                state[f"{name}.{part}"] = tensor
+        for part, scale in (
+            ("input_scale", layer.input_scale),
+            ("output_scale", layer.output_scale),
+        ):
+            if scale is not None:
+                state[f"{name}.{part}"] = scale
+    return state
 
-    But for the layers that :func:`~analog_plugin.checkpoint.plain.plain_layers` leaves out.
-    """
-    scales = plain_input_scales(model)
-    state = _digital_state(model)
-    for name, layer in plain_layers(model).items():
-        codes, scale = quantize_rows(layer.weight, 8)
-        state[f"{name}.weight"] = codes
-        state[f"{name}.weight_scale"] = scale
-        state[f"{name}.input_scale"] = scales[name]
-    weights = _arguments(8) | {"strategy": "channel"}
-    _write_model(model, directory, state, _quantization_config(model, "int-quantized", weights))
 
+def _weight_tensors(weight: Tensor, layer: DigitalLayer, packed: bool) -> dict[str, Tensor]:
+    """A weight [out, in] as compressed-tensors stores it."""
+    codes, scale = layer.weight_codes(weight)
+    if not packed:
+        return {"weight": codes, "weight_scale": scale}
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-def _digital_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state that the digital model would have."""
-    names = {f"{name}.{part}" for name, _ in analog_layers(model) for part in _ANALOG_ONLY}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+    assert layer.weight_bits is not None
+    return {
+        "weight_packed": pack_to_int32(codes, layer.weight_bits).contiguous(),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
 
 
 def _write_model(
@@ -127,46 +119,64 @@ def _write_model(
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _arguments(bits: int) -> dict[str, Any]:
+def _quantization_config(model: nn.Module, plan: DigitalPlan) -> dict[str, Any] | None:
+    from importlib.metadata import version
+
+    if not plan.layers:
+        return None
+    ignored = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in plan.layers
+    ]
+    alike: dict[int | None, list[str]] = {}
+    for name, layer in plan.layers.items():
+        alike.setdefault(_declared_bits(plan, layer), []).append(name)
+    groups = {}
+    for index, names in enumerate(alike.values()):
+        # Names only where they are needed: engines match a class faster.
+        targets = ["Linear"] if len(alike) == 1 else names
+        groups[f"group_{index}"] = _group(plan, plan.layers[names[0]], targets)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": plan.profile.layout,
+        # With "frozen", plain loaders invent zero-points.
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "version": version("compressed-tensors"),
+    }
+
+
+def _declared_bits(plan: DigitalPlan, layer: DigitalLayer) -> int | None:
+    """What loaders are told: codes of fewer bits in whole bytes are 8-bit ones to them."""
+    return layer.weight_bits if plan.profile.packed or layer.weight_bits is None else 8
+
+
+def _group(plan: DigitalPlan, layer: DigitalLayer, targets: list[str]) -> dict[str, Any]:
+    bits = _declared_bits(plan, layer)
+    inputs = _arguments(layer.input_bits)
+    if inputs is not None and layer.input_scale is None:
+        inputs |= {"strategy": "token", "dynamic": True}
+    weights = _arguments(bits)
+    return {
+        "targets": targets,
+        "weights": None if weights is None else weights | {"strategy": "channel"},
+        "input_activations": inputs,
+        "output_activations": _arguments(layer.output_bits),
+        # Also here: without it packed weights go missing.
+        "format": plan.profile.layout,
+    }
+
+
+def _arguments(bits: int | None) -> dict[str, Any] | None:
+    if bits is None:
+        return None
     return {
         "num_bits": bits,
         "type": "int",
         "symmetric": True,
         "strategy": "tensor",
         "dynamic": False,
-    }
-
-
-def _quantization_config(
-    model: nn.Module, layout: str, weights: dict[str, Any] | None
-) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    layers = plain_layers(model)
-    scheme = next(iter(layers.values())).scheme
-    assert scheme.input_bits is not None
-    inputs = _arguments(scheme.input_bits)
-    if scheme.input_range == "dynamic":
-        inputs |= {"strategy": "token", "dynamic": True}
-    ignored = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in layers
-    ]
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": inputs,
-        "output_activations": None,
-        "format": layout,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        # With "frozen", plain loaders invent zero-points.
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ignored,
-        "kv_cache_scheme": None,
-        "version": version("compressed-tensors"),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -40,22 +40,45 @@ def observe_inputs(
     Raises:
         AnalogError: There is no batch.
     """
-    count = 0
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    spared = head not in layers.values() and "logits_to_keep" in signature(model.forward).parameters
     try:
         for name, observer in observers.items():
             layers[name].observer = observer
         with evaluation_mode(model), digital_layers(model):
-            for batch in progress_bar(batches, desc=desc, total=total):
-                options: dict[str, Any] = {"use_cache": False}
-                if spared and "labels" not in batch:  # which are compared with all logits
-                    options["logits_to_keep"] = 1
-                model(**(options | dict(batch)))
-                count += 1
+            run_batches(model, batches, desc, total, watched=layers.values())
     finally:
         for name in observers:
             layers[name].observer = None
+
+
+@torch.no_grad()
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    desc: str,
+    total: int | None = None,
+    *,
+    watched: Collection[nn.Module],
+    before: Callable[[Mapping[str, Tensor]], None] | None = None,
+) -> None:
+    """Run ``batches`` for what the ``watched`` modules see; ``before`` is called with each.
+
+    Raises:
+        AnalogError: There is no batch.
+    """
+    count = 0
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    spared = (
+        all(head is not module for module in watched)
+        and "logits_to_keep" in signature(model.forward).parameters
+    )
+    for batch in progress_bar(batches, desc=desc, total=total):
+        options: dict[str, Any] = {"use_cache": False}
+        if spared and "labels" not in batch:  # which are compared with all logits
+            options["logits_to_keep"] = 1
+        if before is not None:
+            before(batch)
+        model(**(options | dict(batch)))
+        count += 1
     if count == 0:
         raise AnalogError("The calibration data is empty; give at least one batch of tokens.")
 

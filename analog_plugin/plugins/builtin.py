@@ -46,14 +46,23 @@ def analog_layers() -> Iterable[LayerType]:
 @hookimpl
 def analog_exporters() -> Iterable[Exporter]:
     """The deploy profiles."""
+    from analog_plugin.checkpoint.digital import DIGITAL_PROFILES, check_digital, plan_profile
     from analog_plugin.checkpoint.plain import plain_reading
-    from analog_plugin.checkpoint.profiles import check_w8a8, write_analog_fp, write_w8a8
+    from analog_plugin.checkpoint.profiles import write_analog_fp, write_digital
 
     full = "full-precision weights and the analog state"
-    yield Exporter("analog-fp", write_analog_fp, full, reading=plain_reading)
-    digital = "int8 weights and static 8-bit inputs, purely digital"
-    int8_reading = partial(plain_reading, weight_bits=8)
-    yield Exporter("w8a8", write_w8a8, digital, check_w8a8, int8_reading)
+    yield Exporter("analog-fp", write_analog_fp, full, prepare=plan_profile, reading=plain_reading)
+    for profile in DIGITAL_PROFILES:
+        mixed = ("bits", "average_bits", "max_bytes") if profile.weight_bits == "mixed" else ()
+        yield Exporter(
+            profile.name,
+            write_digital,
+            f"{profile.summary}; purely digital",
+            partial(check_digital, profile),
+            partial(plan_profile, profile=profile),
+            plain_reading,
+            ("weight_scale", *mixed),
+        )
 
 
 @hookimpl

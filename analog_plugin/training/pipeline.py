@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analog_plugin.checkpoint.save import plan_export
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, evaluate_noise
 from analog_plugin.layers import analog_layers, convert_to_analog, to_digital
@@ -41,7 +42,9 @@ class AnalogResult:
         reports: Measurements by name: ``"original, digital"`` (converters off; under noise: the
             noise alone), ``"off the shelf"`` (published ranges, nothing else; measured where the
             scheme prepares more), ``"original"`` (prepared, untrained), ``"analog-trained"``, and
-            ``"loaded plainly"`` (what loaders without this package make of the deploy profile).
+            ``"loaded plainly"`` (what loaders without this package make of the deploy profile; of
+            several, ``"loaded plainly, <name>"``).
+        plans: What each deploy profile writes beside the weights, for ``save_profiles``.
         training: Steps, tokens, seeds, times in seconds, package versions, loss history, and under
             ``start`` what :func:`~analog_plugin.training.start.prepare_start` did.
     """
@@ -49,6 +52,7 @@ class AnalogResult:
     model: nn.Module
     recipe: AnalogRecipe
     reports: dict[str, NoiseReport] = field(default_factory=dict)
+    plans: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,8 +98,8 @@ def train_analog(
     start: dict[str, Any] = {}
     convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
     with _digital_again_on_error(model, teacher):
-        exporter = lookup(exporters(), recipe.deploy.profile, "deploy profile")
-        exporter.check(model)
+        for profile in recipe.deploy.profiles:
+            lookup(exporters(), profile, "deploy profile").check(model)
         prefix = None
         if scheme.prefix is not None:
             prefix = install_prefix(teacher, prefix_tokens(teacher, scheme.prefix))
@@ -138,8 +142,13 @@ def train_analog(
     if scheme.prefix is not None:
         with _timed(times, "calibration"):
             calibrate_plain_ranges(model, batches)
-    with _timed(times, "evaluation"):
-        measure_plain.reading(exporter)
+    for profile in recipe.deploy.profiles:
+        with _timed(times, "export"):
+            options = recipe.deploy.options(profile)
+            plan = plan_export(model, profile, batches=batches, **options)
+            result.plans[profile] = plan
+        with _timed(times, "evaluation"):
+            measure_plain.reading(lookup(exporters(), profile, "deploy profile"), plan)
     layers = dict(analog_layers(model))
     result.training = {
         "steps": run.steps,
@@ -185,17 +194,19 @@ class _Measurement:
             **options,
         )
 
-    def reading(self, exporter: Exporter) -> None:
+    def reading(self, exporter: Exporter, plan: Any) -> None:
         """Measure what loaders without this package will make of the profile."""
         if self.settings is None or self.tokens is None or exporter.reading is None:
             return
         model, size = self.result.model, self.settings.batch_size
         try:
-            with exporter.reading(model), evaluation_mode(model):
+            with exporter.reading(model, plan), evaluation_mode(model):
                 metrics = dict(fidelity(model, self.tokens, self.reference, size))
         except torch.OutOfMemoryError:  # rounded weights stand beside the others; training is done
             return
-        self.result.reports["loaded plainly"] = NoiseReport([NoiseCell("none", None, metrics)])
+        several = len(self.result.recipe.deploy.profiles) > 1
+        name = f"loaded plainly, {exporter.name}" if several else "loaded plainly"
+        self.result.reports[name] = NoiseReport([NoiseCell("none", None, metrics)])
 
 
 def _versions() -> dict[str, str]:

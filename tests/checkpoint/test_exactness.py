@@ -13,9 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from analog_plugin import AnalogError, load_checkpoint, save_checkpoint
 from analog_plugin.checkpoint import plain_view
+from analog_plugin.checkpoint.save import plan_export
 from analog_plugin.layers import analog_layers
 from optimum.analog import AnalogModelForCausalLM
 
+#: Every profile, and options that change its weights.
+CASES = [
+    ("analog-fp", {}), ("w8a8", {}), ("w8a8o8", {}), ("w4-in-w8", {}), ("w4a8", {}),
+    ("w4a8", {"weight_scale": "mse"}), ("w4a8o8", {}), ("w3-in-w8", {}), ("w3a8", {}),
+    ("w2-in-w8", {"weight_scale": "mse"}), ("w2a8", {}), ("mixed", {"average_bits": 3.5}),
+    ("mixed-in-w8", {"average_bits": 4.5}),
+]  # fmt: skip
 TIES = pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 NAMES = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -34,16 +42,17 @@ def test_analog_logits_survive_saving(name, tie, make_analog, tmp_path):
                        logits(model))  # fmt: skip
 
 
-@pytest.mark.parametrize(("profile", "bits"), [("analog-fp", None), ("w8a8", 8)])
+@pytest.mark.parametrize(("profile", "options"), CASES)
 @TIES
 @NAMES
 def test_a_plain_load_equals_the_emulation_of_its_arithmetic(
-    name, tie, profile, bits, make_analog, tmp_path
+    name, tie, profile, options, make_analog, tmp_path
 ):
     model = make_analog(name, tie)
-    save_checkpoint(model, tmp_path / "out", profile=profile)
+    plan = plan_export(model, profile, batches=[{"input_ids": token_ids(seed=2)}], **options)
+    save_checkpoint(model, tmp_path / "out", profile=profile, plan=plan)
     plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    assert torch.equal(plain, logits(plain_view(model, bits)))
+    assert torch.equal(plain, logits(plain_view(model, plan)))
     assert not torch.equal(plain, logits(model))  # it has neither tiles nor an ADC
 
 
@@ -53,7 +62,7 @@ def test_gpt2_keeps_its_analog_logits_and_claims_no_digital_quantization(make_an
     assert torch.equal(logits(load_checkpoint(tmp_path / "out")), logits(model))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not hasattr(plain.config, "quantization_config")
-    assert torch.equal(logits(plain), logits(plain_view(model)))
+    assert torch.equal(logits(plain), logits(plain_view(model, plan_export(model))))
 
 
 def test_gpt2_refuses_an_integer_profile_and_leaves_nothing(make_analog, tmp_path):
@@ -118,7 +127,10 @@ def test_a_value_clipped_below_the_range_differs_by_one_code(make_analog):
     """The one known difference between the DAC and plain loaders, measured."""
     model = make_analog(tile_rows=None, output_bits=None)
     name = "model.layers.0.mlp.down_proj"
-    layer, plain = model.get_submodule(name), plain_view(model).get_submodule(name)
+    layer, plain = (
+        model.get_submodule(name),
+        plain_view(model, plan_export(model)).get_submodule(name),
+    )
     step = float(plain.input_scale)
     x = torch.zeros(2, layer.in_features)
     x[0, 0], x[1, 0] = -1000.0, 1000.0
@@ -140,7 +152,10 @@ def test_a_loaded_model_generates_and_serves_a_pipeline(make_analog, tmp_path):
 def test_a_machine_without_the_plugin_loads_the_digital_model(make_analog, tmp_path):
     model = make_analog()
     save_checkpoint(model, tmp_path / "out")
-    torch.save({"ids": token_ids(seed=5), "logits": logits(plain_view(model))}, tmp_path / "x.pt")
+    torch.save(
+        {"ids": token_ids(seed=5), "logits": logits(plain_view(model, plan_export(model)))},
+        tmp_path / "x.pt",
+    )
     code = (
         "import sys\n"
         "class Absent:\n"

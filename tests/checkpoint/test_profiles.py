@@ -19,6 +19,7 @@ from analog_plugin import (
 )
 from analog_plugin.checkpoint import plain_view
 from analog_plugin.checkpoint.plain import plain_reading
+from analog_plugin.checkpoint.save import plan_export
 from analog_plugin.layers import analog_layers
 from analog_plugin.layers.prefix import installed_prefix
 from analog_plugin.noise import resolve_noise
@@ -120,7 +121,7 @@ def test_layers_that_stay_digital_are_not_quantized(profile, bits, make_analog, 
     assert names == set(dict(analog_layers(model)))
     assert "lm_head" in config(directory)["quantization_config"]["ignore"]
     plain = AutoModelForCausalLM.from_pretrained(directory)
-    assert torch.equal(logits(plain), logits(plain_view(model, bits)))
+    assert torch.equal(logits(plain), logits(plain_view(model, plan_export(model, profile))))
 
 
 @pytest.fixture
@@ -149,7 +150,9 @@ def test_layers_with_massive_activations_are_not_quantized(profile, bits, with_o
             assert torch.equal(state[f"{name}.weight"], layer.weight)
     assert all(name in (directory / "README.md").read_text() for name in kept)
     plain = AutoModelForCausalLM.from_pretrained(directory)
-    assert torch.equal(logits(plain), logits(plain_view(with_outliers, bits)))
+    assert torch.equal(
+        logits(plain), logits(plain_view(with_outliers, plan_export(with_outliers, profile)))
+    )
     if profile == "analog-fp":
         assert torch.equal(logits(load_checkpoint(directory)), logits(with_outliers))
 
@@ -158,7 +161,7 @@ def test_layers_with_massive_activations_are_not_quantized(profile, bits, with_o
 def test_a_reading_is_undone_whatever_happens(profile, bits, with_outliers):
     model = with_outliers
     wanted, names = logits(model), [name for name, _ in analog_layers(model)]
-    with pytest.raises(KeyError), plain_reading(model, bits):
+    with pytest.raises(KeyError), plain_reading(model, plan_export(model, profile)):
         assert list(analog_layers(model)) == [] and installed_prefix(model) is None
         assert torch.equal(logits(model), logits(model))
         raise KeyError
@@ -175,7 +178,9 @@ def test_where_every_layer_has_massive_activations_all_are_quantized(
     directory = save_checkpoint(with_outliers, tmp_path / "out", profile=profile)
     assert config(directory)["quantization_config"]["ignore"] == ["lm_head"]
     plain = AutoModelForCausalLM.from_pretrained(directory)
-    assert torch.equal(logits(plain), logits(plain_view(with_outliers, bits)))
+    assert torch.equal(
+        logits(plain), logits(plain_view(with_outliers, plan_export(with_outliers, profile)))
+    )
 
 
 @PROFILES
@@ -183,7 +188,7 @@ def test_tied_ranges_survive_exactly(profile, bits, make_analog, tmp_path):
     model = make_analog(tie_ranges=GROUPS)
     directory = save_checkpoint(model, tmp_path / "out", profile=profile)
     plain = AutoModelForCausalLM.from_pretrained(directory)
-    assert torch.equal(logits(plain), logits(plain_view(model, bits)))
+    assert torch.equal(logits(plain), logits(plain_view(model, plan_export(model, profile))))
     if profile == "analog-fp":
         loaded = load_checkpoint(directory)
         assert torch.equal(logits(loaded), logits(model))
@@ -198,7 +203,7 @@ def test_inputs_of_other_widths_survive_exactly(bits, make_analog, tmp_path):
     assert torch.equal(logits(load_checkpoint(directory)), logits(model))
     assert ("quantization_config" in config(directory)) == (bits is not None)
     plain = AutoModelForCausalLM.from_pretrained(directory)
-    assert torch.equal(logits(plain), logits(plain_view(model)))
+    assert torch.equal(logits(plain), logits(plain_view(model, plan_export(model))))
 
 
 def test_dynamic_inputs_survive_exactly(make_analog, tmp_path):
@@ -211,7 +216,7 @@ def test_a_plain_load_of_dynamic_inputs_equals_the_emulation(make_analog, tmp_pa
     model = make_analog(input_range="dynamic")
     save_checkpoint(model, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(plain), logits(plain_view(model)))
+    assert torch.equal(logits(plain), logits(plain_view(model, plan_export(model))))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +238,7 @@ def test_a_row_of_zeros_stays_zero(profile, bits, make_analog, tmp_path):
         layer.weight[3] = 0
     directory = save_checkpoint(model, tmp_path / "out", profile=profile)
     plain = AutoModelForCausalLM.from_pretrained(directory)
-    assert torch.equal(logits(plain), logits(plain_view(model, bits)))
+    assert torch.equal(logits(plain), logits(plain_view(model, plan_export(model, profile))))
     assert logits(plain).isfinite().all()
 
 
@@ -260,7 +265,7 @@ def test_a_head_untied_by_hand_is_not_tied_again(tmp_path):
     loaded = load_checkpoint(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(plain), logits(plain_view(model)))
+    assert torch.equal(logits(plain), logits(plain_view(model, plan_export(model))))
 
 
 @PROFILES

@@ -104,7 +104,7 @@ def test_a_prepared_start_is_measured_beside_the_published_one(recipe, tokenizer
 
 
 @pytest.mark.parametrize("scheme", [SCHEME, PLUS], ids=["tiles", "prefix"])
-@pytest.mark.parametrize("profile", ["analog-fp", "w8a8"])
+@pytest.mark.parametrize("profile", ["analog-fp", "w8a8", "w4a8o8"])
 def test_what_plain_loaders_get_is_measured(scheme, profile, recipe, tokenizer, corpus, tmp_path):
     original = tiny()
     made = recipe(scheme=scheme, deploy={"profile": profile})

@@ -18,7 +18,8 @@ from analog_plugin import (
     train_analog,
 )
 from analog_plugin.checkpoint import plain_view
-from analog_plugin.checkpoint.plain import plain_input_scales
+from analog_plugin.checkpoint.digital import plain_layers
+from analog_plugin.checkpoint.save import plan_export
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity, choose_digital
 from analog_plugin.layers import analog_layers, digital_layers, keep_digital, model_scheme
@@ -88,13 +89,14 @@ def test_the_whole_start_and_training_survive_a_checkpoint(name, tmp_path):
     assert torch.equal(logits(load_checkpoint(tmp_path / "again")), logits(loaded))
 
 
-@pytest.mark.parametrize(("profile", "bits"), [("analog-fp", None), ("w8a8", 8)])
-def test_plain_loaders_compute_what_the_plain_view_does(profile, bits, tmp_path):
+@pytest.mark.parametrize("profile", ["analog-fp", "w8a8", "w4a8o8"])
+def test_plain_loaders_compute_what_the_plain_view_does(profile, tmp_path):
     """They know no prefix, and keep digital layers as they are."""
-    result = train_analog(tiny(), recipe(), dataset=ROWS)
+    made = recipe(deploy={"profile": profile})
+    result = train_analog(tiny(), made, dataset=ROWS)
     save_checkpoint(result.model, tmp_path / "out", profile=profile, result=result)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    view = plain_view(result.model, bits)
+    view = plain_view(result.model, result.plans[profile])
     assert installed_prefix(result.model) is not None
     for ids in (token_ids(), ROWS):
         assert torch.equal(logits(plain, ids), logits(view, ids))
@@ -365,7 +367,7 @@ def test_plain_ranges_need_data_and_survive_a_cast():
 def test_plain_loaders_are_told_nothing_of_dacs_of_two_kinds():
     model = analog(out_bound=4.0, overrides={"down_proj": {"input_range": "dynamic"}})
     calibrate_ranges(model, batches())
-    assert plain_input_scales(model) == {}
+    assert plain_layers(model) == {} and plan_export(model).layers == {}
 
 
 def test_only_like_dacs_share_a_range():

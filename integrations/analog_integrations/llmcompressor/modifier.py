@@ -10,7 +10,7 @@ from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
 
-from analog_plugin.checkpoint import save_checkpoint
+from analog_plugin.checkpoint.save import save_profiles
 from analog_plugin.data import pack_documents
 from analog_plugin.errors import AnalogError
 from analog_plugin.pretrained import load_tokenizer
@@ -92,9 +92,7 @@ class AnalogModifier(Modifier):
         result = self._result
 
         def save_pretrained(directory: str | Path, **_host_options: Any) -> None:
-            save_checkpoint(
-                state.model, directory, profile=result.recipe.deploy.profile, result=result
-            )
+            save_profiles(state.model, directory, result.plans, result=result)
 
         state.model.save_pretrained = save_pretrained
         self._dataset = self._tokenizer = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from analog_integrations.optimum.arguments import add_place, add_source, errors_are_sentences
+from analog_integrations.optimum.arguments import add_place, add_source, errors_are_sentences, split
 
 _DESCRIPTION = """\
 Train a causal language model to survive analog in-memory computing hardware, and write a
@@ -60,7 +60,9 @@ class AnalogExportCommand(BaseOptimumCLICommand):
         )
         parser.add_argument(
             "--profile",
-            help="deploy profile, analog-fp or w8a8 (default: the recipe's, else analog-fp)",
+            action="append",
+            help="deploy profile: analog-fp, w8a8, w4-in-w8, ... (default: the recipe's, else "
+            "analog-fp); give it several times for several, each a directory below the output",
         )
         parser.add_argument(
             "--seed",
@@ -85,14 +87,14 @@ class AnalogExportCommand(BaseOptimumCLICommand):
         with errors_are_sentences("nothing was written"):
             from analog_integrations.optimum.export import main_export
 
-            main_export(output=self.args.output, **{k: getattr(self.args, k) for k in _ARGUMENTS})
+            given = {name: getattr(self.args, name) for name in _ARGUMENTS}
+            main_export(output=self.args.output, profile=split(self.args.profile) or None, **given)
 
 
 _ARGUMENTS = (
     "model",
     "recipe",
     "dataset",
-    "profile",
     "seed",
     "device",
     "dtype",

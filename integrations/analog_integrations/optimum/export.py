@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analog_plugin.checkpoint import save_checkpoint
 from analog_plugin.checkpoint.card import result_table
+from analog_plugin.checkpoint.save import save_profiles
 from analog_plugin.demo import resolve_model
 from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.paths import check_output
@@ -24,7 +24,7 @@ def main_export(
     recipe: str | Path | Mapping[str, Any] | AnalogRecipe,
     *,
     dataset: Any = None,
-    profile: str | None = None,
+    profile: str | Sequence[str] | None = None,
     seed: int | None = None,
     device: str | None = None,
     dtype: str = "float32",
@@ -42,7 +42,8 @@ def main_export(
         recipe: An llm-compressor recipe file with an ``AnalogModifier``, or its fields.
         dataset: Training text instead of the recipe's ``data``; see
             :func:`~analog_plugin.data.load_tokens`.
-        profile: Instead of the recipe's ``deploy: {profile: ...}``.
+        profile: Instead of the recipe's ``deploy: {profile: ...}``; of several each is a directory
+            of its name below ``output``.
         seed: Instead of the recipe's.
         device: Where to compute; None: a GPU if there is one.
         dtype: Type of the trained weights.
@@ -61,24 +62,26 @@ def main_export(
     result = train_analog(
         loaded, settings, tokenizer=tokenizer, dataset=dataset, train=not no_train
     )
-    save_checkpoint(
+    save_profiles(
         result.model,
         output,
-        profile=settings.deploy.profile,
+        result.plans,
         tokenizer=tokenizer,
         result=result,
         overwrite=overwrite,
     )
     print()
     print(result_table(result))
-    print(f"Written to {output} (profile {settings.deploy.profile}).")
+    profiles = settings.deploy.profiles
+    several = "profile" if len(profiles) == 1 else "below it a directory each of the profiles"
+    print(f"Written to {output} ({several} {', '.join(profiles)}).")
     return result
 
 
 def effective_recipe(
     recipe: str | Path | Mapping[str, Any] | AnalogRecipe,
     *,
-    profile: str | None = None,
+    profile: str | Sequence[str] | None = None,
     seed: int | None = None,
 ) -> AnalogRecipe:
     """Read ``recipe`` and put the given arguments over it, saying so.
@@ -92,6 +95,8 @@ def effective_recipe(
         settings = read_recipe(recipe)
     else:
         settings = AnalogRecipe.parse(recipe)
+    if profile is not None and not isinstance(profile, str):
+        profile = profile[0] if len(profile) == 1 else tuple(profile)
     given = {"profile": profile, "seed": seed}
     said = {"profile": settings.deploy.profile, "seed": settings.seed}
     deploy = settings.deploy.model_dump() | ({} if profile is None else {"profile": profile})
@@ -99,8 +104,12 @@ def effective_recipe(
     settings = AnalogRecipe.parse(fields)
     for name, value in given.items():
         if value not in (None, said[name]):
-            print(f"{name}: {value} (the recipe says {said[name]})")
+            print(f"{name}: {_shown(value)} (the recipe says {_shown(said[name])})")
     return settings
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def load_model(model: str, *, dtype: str, device: str | None) -> tuple[Any, Any]:
