@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -141,8 +142,8 @@ def plan_profile(
     Args:
         model: An analog model; it is not changed.
         profile: What to make of it.
-        batches: Keyword arguments of the model's forward, for calibration; needed for outputs and
-            for bits that are to be chosen.
+        batches: Keyword arguments of the model's forward, for calibration; asked for only where
+            they are needed: for outputs, bits that are to be chosen, models with a prefix.
         weight_scale: ``"max"`` or ``"mse"``; see :func:`~analog_plugin.ops.rounding.quantize_rows`.
         bits: Of a mixed profile: each layer's bits, by name.
         average_bits, max_bytes: Of a mixed profile without ``bits``: the budget in bits a weight
@@ -158,7 +159,7 @@ def plan_profile(
         raise AnalogError(
             f"weight_scale is {weight_scale!r}, but must be {' or '.join(WEIGHT_SCALES)}."
         )
-    rows = None if batches is None else list(batches)
+    rows = None if batches is None else _Kept(batches)
     layers = plain_layers(model)
     widths: Mapping[str, Any] = dict.fromkeys(layers, profile.weight_bits)
     if profile.weight_bits == "mixed":
@@ -178,6 +179,23 @@ def plan_profile(
     if any(layer.scheme.input_range == "dynamic" for layer in layers.values()):
         return plan
     return with_scales(model, plan, plain_ranges(model, plan, rows), rows)
+
+
+class _Kept(Sequence[Mapping[str, Tensor]]):
+    """Batches, read when they are first needed and then kept."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        self._source = batches
+
+    @cached_property
+    def _batches(self) -> list[Mapping[str, Tensor]]:
+        return list(self._source)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index]
 
 
 def plain_layers(model: nn.Module) -> dict[str, Any]:

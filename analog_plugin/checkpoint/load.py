@@ -71,10 +71,13 @@ def load_checkpoint(
 def _read_analog_config(directory: Path) -> AnalogConfig:
     values = read_json(directory / CONFIG_FILE)
     if "analog_config" not in values:
-        kind = "a purely digital checkpoint" if "quantization_config" in values else "a plain model"
+        kind = "a plain model without analog state"
+        if "quantization_config" in values:
+            kind = "purely digital: its full-precision weights are gone, and without them it cannot"
+            kind += " become analog"
         raise AnalogError(
-            f"{directory} is {kind} without analog state; give a directory of the profile "
-            "analog-fp, which optimum-cli export analog writes."
+            f"{directory} is {kind}; give a directory of the profile analog-fp, which optimum-cli "
+            "export analog writes."
         )
     # transformers would load it too, and the model that it names instead of this one.
     if (directory / "adapter_config.json").exists():

@@ -49,7 +49,8 @@ def plain_ranges(
     # What was found with full-precision weights is stored with the model.
     inputs = installed_prefix(model) is not None and plan.profile.weight_bits is not None
     if batches is not None and plan.layers and (inputs or outputs):
-        found = _calibrated(model, plan, batches)
+        # Before the model is changed for the reading: they may be sampled from it.
+        found = _calibrated(model, plan, list(batches))
         return found if inputs else PlainRanges(_stored(model), found.outputs)
     if outputs:
         raise AnalogError(

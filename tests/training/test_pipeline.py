@@ -156,7 +156,13 @@ def test_the_record_of_the_training_is_right(model, recipe, tokenizer):
     assert record["dataset_tokens"] == 8 * LENGTH and record["sequence_length"] == LENGTH
     assert record["analog_layers"] == len(layers) == 7
     assert record["analog_weights"] == sum(layer.weight.numel() for layer in layers.values())
-    assert record["seconds"].keys() == {"data", "calibration", "evaluation", "training"}
+    assert record["seconds"].keys() == {
+        "data",
+        "calibration",
+        "evaluation",
+        "training",
+        "export",
+    }
     assert record["versions"]["torch"] == torch.__version__
     assert [entry["step"] for entry in record["loss_history"]] == [1, 2, 3]
     assert all(entry["loss"] > 0 for entry in record["loss_history"])

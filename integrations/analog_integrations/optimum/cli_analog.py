@@ -13,6 +13,7 @@ from analog_integrations.optimum.arguments import (
     errors_are_sentences,
     split,
 )
+from analog_integrations.optimum.cli_checkpoint import AnalogProfileCommand
 from analog_integrations.optimum.cli_training import AnalogAblateCommand, AnalogTeacherCommand
 
 _EVALUATE = """\
@@ -219,6 +220,11 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="ablate",
             help="What each ingredient of training is worth.",
             subcommand_class=AnalogAblateCommand,
+        ),
+        CommandInfo(
+            name="profile",
+            help="Derive digital checkpoints from an analog one.",
+            subcommand_class=AnalogProfileCommand,
         ),
         CommandInfo(
             name="teacher",

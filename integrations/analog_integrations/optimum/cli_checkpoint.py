@@ -1,0 +1,109 @@
+"""``optimum-cli analog profile``: arguments only, of what works on checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from analog_integrations.optimum.arguments import errors_are_sentences, split
+
+_PROFILE = """\
+Derive digital checkpoints from one of the profile analog-fp: integer weights and static 8-bit
+inputs for transformers and vLLM. The weights are rounded to nearest; the analog checkpoint stays
+as it is and can make every profile.
+"""
+
+_PROFILE_EXAMPLES = """\
+examples:
+  optimum-cli analog profile demo-out --profile w4-in-w8 demo-w4
+  optimum-cli analog profile demo-out --profile w8a8 --profile w4a8 --weight-scale mse profiles
+  optimum-cli analog profile demo-out --profile mixed --average-bits 3.5 demo-mixed
+
+profiles:
+  w8a8                  8-bit weights, static 8-bit inputs             transformers, vLLM
+  w4-in-w8              4-bit weights, one byte each                   transformers, vLLM
+  w4a8                  4-bit weights, packed                          transformers
+  w8a8o8, w4a8o8        with 8-bit outputs too                         transformers, vLLM
+  w3-in-w8, w2-in-w8    fewer bits, one byte each                      transformers, vLLM
+  w3a8, w2a8            fewer bits, packed                             transformers
+  mixed, mixed-in-w8    2, 3, 4 or 8 bits, layer by layer, by what each layer's rounding costs
+
+OUTPUT appears when all is done, whole; of several profiles each is a directory of its name in it.
+"""
+
+
+class AnalogProfileCommand(BaseOptimumCLICommand):
+    """Derive digital profiles."""
+
+    COMMAND = CommandInfo(name="profile", help="Derive digital checkpoints from an analog one.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.description = _PROFILE
+        parser.epilog = _PROFILE_EXAMPLES
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("directory", help="checkpoint of the profile analog-fp, or a hub id")
+        parser.add_argument("output", type=Path, help="directory of the result, new or empty")
+        parser.add_argument(
+            "--profile",
+            action="append",
+            required=True,
+            help="what to derive; give it several times for several",
+        )
+        parser.add_argument(
+            "--weight-scale",
+            choices=("max", "mse"),
+            help="each row's largest weight is its largest code, or rows are clipped where their "
+            "squared error is least (default: max)",
+        )
+        parser.add_argument(
+            "--average-bits", type=float, help="budget of a mixed profile, in bits a weight"
+        )
+        parser.add_argument(
+            "--max-bytes",
+            type=int,
+            help="budget of a mixed profile: bytes of the quantized layers' codes and scales",
+        )
+        parser.add_argument(
+            "--dataset",
+            help="text to find scales and bits on (default: sampled from the model, where needed)",
+        )
+        parser.add_argument(
+            "--corpus",
+            default="pydoc_data.topics",
+            help="text to measure on (default: Python's own reference text)",
+        )
+        parser.add_argument(
+            "--blocks", type=int, default=4, help="blocks of it; 0: measure nothing (default: 4)"
+        )
+        parser.add_argument("--length", type=int, default=256, help="their tokens (default: 256)")
+        parser.add_argument(
+            "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
+        )
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace an output directory that is not empty"
+        )
+
+    def run(self) -> None:
+        """Run :func:`main_profile`; a user's error is one sentence and exit status 1."""
+        given = self.args
+        with errors_are_sentences("nothing was written"):
+            from analog_integrations.optimum.profile import main_profile
+
+            main_profile(
+                given.directory,
+                given.output,
+                profile=split(given.profile),
+                weight_scale=given.weight_scale,
+                average_bits=given.average_bits,
+                max_bytes=given.max_bytes,
+                dataset=given.dataset,
+                corpus=given.corpus,
+                blocks=given.blocks,
+                length=given.length,
+                device=given.device,
+                overwrite=given.overwrite,
+            )
