@@ -45,11 +45,9 @@ class PlainLinear(nn.Module):
         if self.input_bits is not None:
             x = _fake_quantize(x, self.input_scale, self.input_bits)
         y = nn.functional.linear(x, self.weight, self.bias)
-        return (
-            y
-            if self.output_bits is None
-            else _fake_quantize(y, self.output_scale, self.output_bits)
-        )
+        if self.output_bits is not None:
+            y = _fake_quantize(y, self.output_scale, self.output_bits)
+        return y
 
 
 def _fake_quantize(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:

@@ -18,9 +18,10 @@ from analog_plugin.checkpoint.digital import (
 from analog_plugin.checkpoint.plain import plain_reading
 from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.fidelity import Reference, fidelity
+from analog_plugin.layers import digital_layers
 from analog_plugin.layers.base import RANGE_FLOOR
 from analog_plugin.layers.observe import run_batches
-from analog_plugin.layers.prefix import installed_prefix
+from analog_plugin.layers.prefix import installed_prefix, without_prefix
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.ops.histogram import MagnitudeHistogram
 
@@ -151,23 +152,34 @@ def with_scales(
     ]
     if unequal:
         note = (
-            f"Serving engines have one scale for each fused group (q/k/v, gate/up): in "
+            "Serving engines have one scale for each fused group (q/k/v, gate/up): in "
             f"{len(set(unequal))} layers it is the group's largest instead of the layer's own"
         )
-        if batches is None:
-            note += "."
-        else:
-            own_scales = DigitalPlan(plan.profile, _scaled(plan, ranges))
-            tokens = torch.cat([batch["input_ids"] for batch in batches])
-            size = len(batches[0]["input_ids"])
-            with evaluation_mode(model):
-                with plain_reading(model, own_scales):
-                    reference = Reference.of(model, tokens, size, keep_logits=True)
-                with plain_reading(model, scaled):
-                    cost = fidelity(model, tokens, reference, size)
-            note += f", which moves the outputs by a KL of {cost['kl']:.4f} nats a token."
-        scaled.notes.append(note)
+        if batches is not None:
+            own = DigitalPlan(plan.profile, _scaled(plan, ranges))
+            before, after = _divergences(model, (own, scaled), batches)
+            note += (
+                f"; with it the KL to the model in full precision is {after:.4f} nats a token, "
+                f"without {before:.4f}"
+            )
+        scaled.notes.append(f"{note}.")
     return scaled
+
+
+def _divergences(
+    model: nn.Module, plans: Sequence[DigitalPlan], batches: Sequence[Mapping[str, Tensor]]
+) -> list[float]:
+    """KL of each plan's reading to the model without quantization, on ``batches``."""
+    tokens = torch.cat([batch["input_ids"] for batch in batches])
+    size = len(batches[0]["input_ids"])
+    found = []
+    with evaluation_mode(model):
+        with digital_layers(model), without_prefix(model):
+            reference = Reference.of(model, tokens, size, keep_logits=True)
+        for plan in plans:
+            with plain_reading(model, plan):
+                found.append(fidelity(model, tokens, reference, size)["kl"])
+    return found
 
 
 def _largest_of_groups(ranges: Mapping[str, Tensor]) -> dict[str, Tensor]:
