@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-)
+from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.settings import Settings
 
 #: What numpy and torch both take.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
-    )
-
-    @classmethod
-    def read(cls, values: Any, where: str) -> Any:
-        """Build from a mapping; a fault becomes one sentence.
-
-        Raises:
-            AnalogError: A field is unknown or out of range.
-        """
-        if isinstance(values, cls):
-            return values
-        if not isinstance(values, Mapping):
-            raise AnalogError(
-                f"{where} is {shown(values)}, but must be a mapping of fields to values."
-            )
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise AnalogError(_sentence(cls, where, error)) from None
-
-
-class DataSettings(_Settings):
+class DataSettings(Settings):
     """Where training tokens come from.
 
     Args:
@@ -75,7 +44,7 @@ class DataSettings(_Settings):
     text_column: str = "text"
 
 
-class DistillationSettings(_Settings):
+class DistillationSettings(Settings):
     """The loss; see :func:`~analog_plugin.training.loss.distillation_loss`.
 
     Args:
@@ -92,7 +61,7 @@ class DistillationSettings(_Settings):
     teacher: str | None = None
 
 
-class CalibrationSettings(_Settings):
+class CalibrationSettings(Settings):
     """What the start before training is prepared for.
 
     Args:
@@ -103,7 +72,7 @@ class CalibrationSettings(_Settings):
     noise: str | dict[str, Any] | None = "pcm"
 
 
-class EvaluationSettings(_Settings):
+class EvaluationSettings(Settings):
     """What the table of results measures; see :func:`~analog_plugin.evaluation.evaluate_noise`.
 
     Args:
@@ -131,7 +100,7 @@ def _names(value: Any) -> str | tuple[str, ...]:
     return tuple(dict.fromkeys(several))
 
 
-class DeploySettings(_Settings):
+class DeploySettings(Settings):
     """What is written.
 
     Args:
@@ -177,7 +146,7 @@ class DeploySettings(_Settings):
         return {k: v for k, v in dict(self).items() if k != "profile" and v is not None}
 
 
-class AnalogRecipe(_Settings):
+class AnalogRecipe(Settings):
     """All settings of one run.
 
     Args:
@@ -271,7 +240,7 @@ def read_assignment(path: str) -> Mapping[str, Any]:
     return values
 
 
-class OwnTraining(_Settings):
+class OwnTraining(Settings):
     """The fields under ``training`` that are ours rather than ``TrainingArguments``'."""
 
     range_learning_rate: float = Field(3e-3, gt=0, lt=1)
@@ -317,19 +286,3 @@ def _training_settings() -> type[OwnTraining]:
         if field.init and field.name != "output_dir"
     }
     return create_model("TrainingSettings", __base__=OwnTraining, **fields)
-
-
-def _sentence(cls: type[BaseModel], where: str, error: ValidationError) -> str:
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("extra_forbidden", "invalid_key"):
-        return _unknown(where, first["loc"][0], list(cls.model_fields))
-    allowed = first["msg"][0].lower() + first["msg"][1:]
-    allowed = allowed.replace("input should", "it should")
-    return f"{where}: {path} is {shown(first['input'])}, but {allowed}."
-
-
-def _unknown(where: str, name: object, known: list[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}."
-    return f"{where} has no field {name!r}; {hint}"
