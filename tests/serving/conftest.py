@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from analog_plugin import AnalogScheme, calibrate_ranges, convert_to_analog
 from analog_plugin.checkpoint.save import plan_export, save_checkpoint
+from analog_plugin.training.ranges import calibrate_plain_ranges
+from analog_plugin.training.start import prepare_start
 
 ENVIRONMENT = Path(__file__).parents[2] / "build" / "vllm"
 #: vLLM's attention on CPUs needs heads of 32 or more; its 4-bit kernel needs multiples of 32.
@@ -48,14 +50,13 @@ def engine_variables():
 
 @pytest.fixture(scope="session")
 def in_vllm(engine, engine_variables, tmp_path_factory):
-    """Runs directories in vLLM; see worker.py."""
+    """What vLLM makes of directories, each in a dtype, all in one process; see worker.py."""
 
-    def run(directories, dtype):
+    def run(runs):
         job = {
-            "directories": [str(directory) for directory in directories],
+            "runs": [(str(directory), dtype) for directory, dtype in runs],
             "prompts": learnt()[:, :PROMPT].tolist(),
             "tokens": TOKENS,
-            "dtype": dtype,
         }
         log = tmp_path_factory.mktemp("log") / "vllm.log"
         with log.open("w") as stderr:
@@ -66,9 +67,15 @@ def in_vllm(engine, engine_variables, tmp_path_factory):
             )  # fmt: skip
         if done.returncode:
             pytest.fail(f"vLLM's worker failed:\n{log.read_text()[-4000:]}")
-        return {Path(name): made for name, made in json.loads(done.stdout).items()}
+        return json.loads(done.stdout)
 
     return run
+
+
+@pytest.fixture
+def sizes():
+    """Of a model that vLLM serves."""
+    return SIZES
 
 
 def learnt():
@@ -76,24 +83,38 @@ def learnt():
     return token_ids(8, PROMPT + TOKENS).clamp_min(4)  # those before are special
 
 
-@pytest.fixture(scope="session")
-def analog_models():
-    """A model of each architecture that has learnt sequences by heart.
+def analog(architecture, tie=False, ignore=("lm_head",), prefix=None):
+    """A model that has learnt the sequences by heart.
 
     A random one has no opinion: its most likely tokens are a hair apart, and no two programs agree.
     """
-    models = {}
-    for name in ARCHITECTURES:
-        model = tiny(name, **SIZES)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(20):
-            model(learnt(), labels=learnt()).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        convert_to_analog(model, AnalogScheme(tile_rows=64), ("lm_head",))
-        calibrate_ranges(model, [{"input_ids": learnt()}])
-        models[name] = model
-    return models
+    model = tiny(architecture, tie, **SIZES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(20):
+        model(learnt(), labels=learnt()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    convert_to_analog(model, AnalogScheme(tile_rows=64, prefix=prefix), ignore)
+    batches = [{"input_ids": learnt()}]
+    if prefix is None:
+        calibrate_ranges(model, batches)
+        return model
+    prepare_start(model, batches, learnt(), None)
+    calibrate_plain_ranges(model, batches)
+    for name in ("mlp.down_proj", "self_attn.k_proj"):  # as if its first token were massive there
+        layer = model.model.layers[1].get_submodule(name)
+        layer.plain_range = layer.input_range.detach().max().reshape(1) * 8.1
+    return model
+
+
+@pytest.fixture(scope="session")
+def analog_models():
+    """A model of each architecture, and what else decides how a directory looks."""
+    return {name: analog(name) for name in ARCHITECTURES} | {
+        "tied embeddings": analog("llama", tie=True),
+        "analog head": analog("llama", ignore=()),
+        "prefix": analog("llama", prefix=1),
+    }
 
 
 @pytest.fixture(scope="session")

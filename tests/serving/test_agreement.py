@@ -3,31 +3,42 @@
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        torch.cpu._is_amx_tile_supported(),
+        reason="on CPUs with AMX vLLM has kernels that ignore the static input scale",
+    ),
+]
 
 W8A8 = ("w8a8", "w4-in-w8", "w3-in-w8", "w2-in-w8", "mixed-in-w8")
-SERVED = {"float32": W8A8, "bfloat16": (*W8A8, "w4a8o8")}
+#: Models of one architecture whose directories look different.
+VARIANTS = ("tied embeddings", "analog head", "prefix")
+CASES = [
+    *((name, profile, "float32") for name in ARCHITECTURES for profile in W8A8),
+    *((name, "w8a8", "bfloat16") for name in ARCHITECTURES),
+    *((name, "w4a8o8", "bfloat16") for name in ARCHITECTURES),
+    *((name, "w8a8", "float32") for name in VARIANTS),
+    *((name, "w4a8o8", "bfloat16") for name in VARIANTS),
+]
+HEAD = pytest.mark.xfail(
+    strict=True, reason="the exporter writes target Linear alone, which is no head to vLLM"
+)
 INT8 = ("CompressedTensorsW8A8Int8", "CPUInt8ScaledMMLinearKernel")
 KERNELS = dict.fromkeys(W8A8, INT8)
 KERNELS["w4a8o8"] = ("CompressedTensorsWNA8O8Int", "CPUWNA16LinearKernel")
-#: So few bits leave these models, not trained for them, no favourite among tokens.
-UNDECIDED = ("w3-in-w8", "w2-in-w8")
-CASES = pytest.mark.parametrize(
-    ("name", "dtype", "profile"),
-    [(n, dtype, profile) for n in ARCHITECTURES for dtype in SERVED for profile in SERVED[dtype]],
-)
 
 
 @pytest.fixture(scope="module")
 def served(checkpoint, in_vllm):
-    """Of every directory what vLLM made of it, by dtype: one process each."""
-    return {
-        dtype: in_vllm([checkpoint(n, p) for n in ARCHITECTURES for p in profiles], dtype)
-        for dtype, profiles in SERVED.items()
-    }
+    """Of every case its directory and what vLLM made of it."""
+    runs = [(checkpoint(name, profile), dtype) for name, profile, dtype in CASES]
+    made = zip(runs, in_vllm(runs), strict=True)
+    return {case: (run[0], report) for case, (run, report) in zip(CASES, made, strict=True)}
 
 
 def kl(p, q):
@@ -53,10 +64,14 @@ def same_in_float32(steps):
     )
 
 
-@CASES
-def test_vllm_agrees_with_transformers(name, dtype, profile, checkpoint, served, steps):
-    directory = checkpoint(name, profile)
-    made = served[dtype][directory]
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=HEAD if c[0] == "analog head" else (), id="-".join(c)) for c in CASES],
+)
+def test_vllm_agrees_with_transformers(case, served, steps):
+    _, profile, dtype = case
+    directory, made = served[case]
+    assert "error" not in made
     assert set(map(tuple, made["layers"].values())) == {KERNELS[profile]}
     taken = steps(directory, made)
     assert (taken.generated == taken.vllm.argmax(-1)).all()
@@ -65,19 +80,19 @@ def test_vllm_agrees_with_transformers(name, dtype, profile, checkpoint, served,
         return
     # In bfloat16 inputs are rounded by up to half a code, so no two programs have the same ones.
     # vLLM is as far from float32 as transformers in bfloat16 is; a quarter more is chance.
+    assert same_token(taken.vllm, taken.rounded) >= 0.95
     transformers_is = kl(taken.exact, taken.rounded).mean()
     assert kl(taken.exact, taken.vllm).mean() < 1.25 * transformers_is
-    if profile not in UNDECIDED:
-        assert same_token(taken.vllm, taken.rounded) >= 0.95
 
 
-@pytest.mark.parametrize("part", ["input_scale", "weight_scale"])
-def test_a_wrong_scale_is_noticed(part, checkpoint, in_vllm, steps, tmp_path):
-    directory, wrong = checkpoint("llama", "w8a8"), tmp_path / "wrong"
-    shutil.copytree(directory, wrong)
-    state = load_file(wrong / "model.safetensors")
-    state[f"model.layers.1.mlp.down_proj.{part}"] *= 1.05
-    save_file(state, wrong / "model.safetensors", {"format": "pt"})
-    made = in_vllm([wrong], "float32")[wrong]
-    assert not same_in_float32(steps(directory, made))
-    assert same_in_float32(steps(wrong, made))
+def test_wrong_scales_are_noticed(checkpoint, in_vllm, steps, tmp_path):
+    directory = checkpoint("llama", "w8a8")
+    wrong = [tmp_path / part for part in ("input_scale", "weight_scale")]
+    for path in wrong:
+        shutil.copytree(directory, path)
+        state = load_file(path / "model.safetensors")
+        state[f"model.layers.1.mlp.down_proj.{path.name}"] *= 1.05
+        save_file(state, path / "model.safetensors", {"format": "pt"})
+    for path, made in zip(wrong, in_vllm([(p, "float32") for p in wrong]), strict=True):
+        assert not same_in_float32(steps(directory, made))
+        assert same_in_float32(steps(path, made))

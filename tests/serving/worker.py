@@ -2,8 +2,8 @@
 
     python worker.py < job.json > report.json
 
-A job is {"directories": [...], "prompts": [[token, ...], ...], "tokens": n, "dtype": "float32"}.
-The report says for each directory either {"error": ...}, where vLLM refuses it, or
+A job is {"runs": [[directory, dtype], ...], "prompts": [[token, ...], ...], "tokens": n}. The
+report has for each run either {"error": ...}, where vLLM refuses the directory, or
 
     {"layers": {class: [scheme, kernel]}     of the quantized linear layers
      "generated": [[token, ...], ...]        for each prompt
@@ -22,7 +22,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def run(directory, prompts, tokens, dtype):
+def run(directory, dtype, prompts, tokens):
     llm = LLM(
         directory,
         skip_tokenizer_init=True,
@@ -60,12 +60,12 @@ def quantized_layers(model):
 def main():
     job = json.load(sys.stdin)
     out, sys.stdout = sys.stdout, sys.stderr  # vLLM writes its log there
-    report = {}
-    for directory in job.pop("directories"):
+    report = []
+    for directory, dtype in job["runs"]:
         try:
-            report[directory] = run(directory, **job)
+            report.append(run(directory, dtype, job["prompts"], job["tokens"]))
         except Exception as error:
-            report[directory] = {"error": f"{type(error).__name__}: {error}"}
+            report.append({"error": f"{type(error).__name__}: {error}"})
         gc.collect()
         cleanup_dist_env_and_memory()
     json.dump(report, out)
