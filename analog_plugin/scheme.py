@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -239,3 +239,11 @@ def _frozen(overrides: Any) -> Any:
         else pair
         for pair in pairs
     )
+
+
+def fused_with(name: str, layers: Container[str]) -> list[str]:
+    """The layers that serving engines run as one with the layer ``name``, itself among them."""
+    parent, _, last = name.rpartition(".")
+    group = next((group for group in FUSED_GROUPS if last in group), (last,))
+    names = [f"{parent}.{other}" if parent else other for other in group]
+    return [other for other in names if other in layers]

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analog_plugin.checkpoint.digital import fused_with, plain_layers
+from analog_plugin.checkpoint.digital import plain_layers
 from analog_plugin.errors import AnalogError, shown
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity
+from analog_plugin.layers import analog_layers
 from analog_plugin.ops.rounding import rounded_rows, row_scales
+from analog_plugin.scheme import fused_with
 
 #: Bits that a weight may have in a mixed profile.
 WIDTHS = (2, 3, 4, 8)
+#: Sequences that the cost of each layer's rounding is measured on.
+_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def mixed_bits(
             "each layer."
         )
     tokens = torch.cat([batch["input_ids"] for batch in batches])
-    costs = rounding_costs(model, tokens, weight_scale)
+    costs = rounding_costs(model, tokens[:_ROWS], weight_scale)
     return choose_bits(
         {name: tuple(layer.weight.shape) for name, layer in layers.items()},
         costs,
@@ -85,20 +89,31 @@ def mixed_bits(
 def rounding_costs(
     model: nn.Module, tokens: Tensor, weight_scale: str = "max"
 ) -> dict[int, dict[str, float]]:
-    """KL to the digital model, in nats a token, when one layer alone is rounded: by bits and name.
+    """KL to the digital model, in nats a token, when a layer alone is rounded: by bits and name.
+
+    Members of a group that serving engines fuse are rounded together, and have its cost in equal
+    parts. 8 bits are taken to cost nothing.
 
     Args:
         model: An analog model; it is not changed.
         tokens: [N, S] token ids.
         weight_scale: See :func:`~analog_plugin.ops.rounding.quantize_rows`.
     """
-    costs = {}
-    for width in WIDTHS:
-        noise = RowRounding(width, weight_scale)
+    names = [name for name, _ in analog_layers(model)]
+    costs = {max(WIDTHS): dict.fromkeys(names, 0.0)}
+    for width in WIDTHS[:-1]:
         report = analyze_sensitivity(
-            model, tokens, parts=("noise",), noise=noise, batch_size=len(tokens)
+            model,
+            tokens,
+            by="fused",
+            parts=("noise",),
+            noise=RowRounding(width, weight_scale),
+            batch_size=len(tokens),
         )
-        costs[width] = {row.name: max(row.kl, 0.0) for row in report.rows}
+        costs[width] = {}
+        for row in report.rows:
+            group = fused_with(row.name, names)
+            costs[width] |= dict.fromkeys(group, max(row.kl, 0.0) / len(group))
     return costs
 
 
@@ -137,33 +152,33 @@ def choose_bits(
 
     budget = average_bits if average_bits is not None else max_bytes
     assert budget is not None
-    chosen = dict.fromkeys(groups, widths[0])
-    spent = sum(price(group, widths[0]) for group in groups)
+    everywhere = {width: sum(price(group, width) for group in groups) for width in widths}
+    spent = everywhere[widths[0]]
     if spent > budget:
         unit = "bits a weight" if average_bits is not None else "bytes"
         raise AnalogError(
             f"The budget is {budget:g} {unit}, but {widths[0]} bits everywhere already take "
             f"{spent:g}; give at least that."
         )
+    chosen = dict.fromkeys(groups, widths[0])
     while True:
         steps = [
-            (
-                (cost(group, width) - cost(group, wider)) / extra,
-                group,
-                wider,
-                extra,
-            )
+            ((cost(group, width) - cost(group, wider)) / extra, group, wider, extra)
             for group, width in chosen.items()
             for wider in widths
             if wider > width
             and spent + (extra := price(group, wider) - price(group, width)) <= budget
         ]
-        steps = [step for step in steps if step[0] > 0]
-        if not steps:
-            return {name: chosen[group] for group in groups for name in group}
-        _, group, wider, extra = max(steps, key=lambda step: step[0])
+        best = max(steps, key=lambda step: step[0], default=None)
+        if best is None or best[0] <= 0:
+            break
+        _, group, wider, extra = best
         chosen[group] = wider
         spent += extra
+    # What the last steps leave over may have been worth more elsewhere.
+    alike = [dict.fromkeys(groups, width) for width in widths if everywhere[width] <= budget]
+    found = min([chosen, *alike], key=lambda bits: sum(cost(g, width) for g, width in bits.items()))
+    return {name: found[group] for group in groups for name in group}
 
 
 def packed_bytes(shape: Sequence[int], bits: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import AnalogConv1D, analog_layers
 from analog_plugin.ops.rounding import WEIGHT_SCALES, quantize_rows
-from analog_plugin.scheme import FUSED_GROUPS
+from analog_plugin.scheme import fused_with
 
 #: A plain range so many times the analog one would leave a layer's usual inputs four of its bits.
 OUTLIERS = 8.0
@@ -226,11 +226,3 @@ def plain_layers(model: nn.Module) -> dict[str, Any]:
     if len(kept) == len(layers):  # to a digital profile nothing would be left
         return layers
     return {name: layer for name, layer in layers.items() if name not in kept}
-
-
-def fused_with(name: str, layers: Mapping[str, Any]) -> list[str]:
-    """The layers that serving engines run as one with the layer ``name``, itself among them."""
-    parent, _, last = name.rpartition(".")
-    group = next((group for group in FUSED_GROUPS if last in group), (last,))
-    names = [f"{parent}.{other}" if parent else other for other in group]
-    return [other for other in names if other in layers]

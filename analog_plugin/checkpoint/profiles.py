@@ -134,8 +134,9 @@ def _quantization_config(model: nn.Module, plan: DigitalPlan) -> dict[str, Any] 
         alike.setdefault(_declared_bits(plan, layer), []).append(name)
     groups = {}
     for index, names in enumerate(alike.values()):
-        # Names only where they are needed: engines match a class faster.
-        targets = ["Linear"] if len(alike) == 1 else names
+        # Names only where they are needed: engines match a class faster. A head is none to vLLM.
+        heads = [name for name in names if name.rpartition(".")[2] == "lm_head"]
+        targets = ["Linear", *heads] if len(alike) == 1 else names
         groups[f"group_{index}"] = _group(plan, plan.layers[names[0]], targets)
     return {
         "quant_method": "compressed-tensors",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from analog_plugin.checkpoint.digital import (
     DigitalLayer,
     DigitalPlan,
-    fused_with,
     plain_layers,
 )
 from analog_plugin.checkpoint.plain import plain_reading
@@ -24,6 +23,7 @@ from analog_plugin.layers.observe import run_batches
 from analog_plugin.layers.prefix import installed_prefix, without_prefix
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.ops.histogram import MagnitudeHistogram
+from analog_plugin.scheme import fused_with
 
 #: Members of a fused group with ranges so much apart, relative to the largest, have their cost
 #: measured.

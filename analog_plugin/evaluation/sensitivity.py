@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,9 +18,15 @@ from analog_plugin.layers import analog_layers, digital_layers, forward_state
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.noise import resolve_noise
 from analog_plugin.progress import progress_bar
+from analog_plugin.scheme import fused_with
 
 #: What of the hardware acts on the layers in question.
 PARTS = ("inputs", "outputs", "noise", "all")
+_GROUPS: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
+    "layer": lambda name, layers: name,
+    "fused": lambda name, layers: fused_with(name, layers)[0],
+    "kind": lambda name, layers: name.rpartition(".")[2],
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,9 @@ def analyze_sensitivity(
     Args:
         model: A model with analog layers and calibrated ranges; it is not changed.
         tokens: [N, S] token ids.
-        by: ``"layer"``, or ``"kind"``: all layers with the same last part of their names.
+        by: ``"layer"``; ``"fused"``: members of a group that serving engines fuse (q/k/v, gate/up)
+            together, under the first one's name; or ``"kind"``: all layers with the same last part
+            of their names.
         parts: Which of the hardware's effects act; see :class:`Sensitivity`.
         noise: Programming noise of the parts ``"noise"`` and ``"all"``; None: converters only.
         seed: Seed of the programming.
@@ -86,28 +94,28 @@ def analyze_sensitivity(
         AnalogError: The model is not analog, or ``by`` or a part is unknown.
     """
     forward_state(model)
-    if by not in ("layer", "kind"):
-        raise AnalogError(f"by is {by!r}, but must be layer or kind.")
+    if by not in _GROUPS:
+        raise AnalogError(f"by is {by!r}, but must be layer, fused or kind.")
     for part in parts:
         if part not in PARTS:
             raise AnalogError(f"There is no part {part!r}; write one of {', '.join(PARTS)}.")
     programming = resolve_noise(noise)
     groups: dict[str, list[Any]] = {}
-    for name, layer in analog_layers(model):
-        groups.setdefault(name if by == "layer" else name.rpartition(".")[2], []).append(layer)
-    total = sum(layer.weight.numel() for _, layer in analog_layers(model))
+    layers = dict(analog_layers(model))
+    for name, layer in layers.items():
+        groups.setdefault(_GROUPS[by](name, layers), []).append(layer)
+    total = sum(layer.weight.numel() for layer in layers.values())
     rows = []
-    fits = by == "layer" and len(tokens) <= batch_size
+    fits = by != "kind" and len(tokens) <= batch_size
     with evaluation_mode(model), digital_layers(model), programmed(model, None, None):
         reference = Reference.of(model, tokens, batch_size, keep_logits=True)
         known = _known_blocks(model, tokens, reference) if fits else None
         cells = [(name, part) for part in parts for name in groups]
         for name, part in progress_bar(cells, desc="Measuring sensitivity"):
-            layers = groups[name]
             spared = known.before(name) if known is not None else contextlib.nullcontext()
-            with _alone(layers, part, programming, seed), spared:
+            with _alone(groups[name], part, programming, seed), spared:
                 kl = fidelity(model, tokens, reference, batch_size)["kl"]
-            share = sum(layer.weight.numel() for layer in layers) / total
+            share = sum(layer.weight.numel() for layer in groups[name]) / total
             rows.append(Sensitivity(name, part, kl, share))
     return SensitivityReport(sorted(rows, key=lambda r: (parts.index(r.part), -r.kl)))
 

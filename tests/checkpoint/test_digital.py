@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from analog_plugin import AnalogError, load_checkpoint, save_checkpoint
 from analog_plugin.checkpoint import plain_view
-from analog_plugin.checkpoint.bits import choose_bits, packed_bytes
+from analog_plugin.checkpoint.bits import choose_bits, packed_bytes, rounding_costs
 from analog_plugin.checkpoint.digital import DIGITAL_PROFILES
 from analog_plugin.checkpoint.plain import plain_reading
 from analog_plugin.checkpoint.save import plan_export, save_profiles
@@ -258,19 +258,24 @@ def test_any_budget_is_kept_and_fused_groups_stay_together(seed, budget):
     assert sum(weights[n] * chosen[n] for n in names) <= budget * sum(weights.values()) * (1 + 1e-9)
     for i in range(3):
         assert len({chosen[f"{i}.{n}"] for n in ("q_proj", "k_proj", "v_proj")}) == 1
+    loss = sum(costs[chosen[n]][n] for n in names)
+    assert all(loss <= sum(costs[b].values()) * (1 + 1e-9) for b in (2, 3, 4) if b <= budget)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_mixed_bits_lose_less_than_as_many_bits_everywhere(name, make_analog):
+def test_what_layers_cost_alone_tells_what_mixed_bits_lose(name, make_analog):
     model, tokens = make_analog(name), torch.cat([batch["input_ids"] for batch in BATCHES])
+    costs = rounding_costs(model, tokens)
     with digital_layers(model):
         reference = Reference.of(model, tokens, keep_logits=True)
     loss = {}
-    for profile in ("w3a8", "mixed"):
-        made = plan(model, profile, **({"average_bits": 3} if profile == "mixed" else {}))
+    for budget in (3, 3.5, 4.5):
+        made = plan(model, "mixed", average_bits=budget)
+        expected = sum(costs[la.weight_bits][layer] for layer, la in made.layers.items())
         with plain_reading(model, made):
-            loss[profile] = fidelity(model, tokens, reference)["kl"]
-    assert loss["mixed"] < loss["w3a8"]
+            loss[budget] = fidelity(model, tokens, reference)["kl"]
+        assert loss[budget] == pytest.approx(expected, rel=0.25)
+    assert loss[3] > 1.5 * loss[3.5] > 2.25 * loss[4.5]
 
 
 def test_a_model_without_dac_has_no_digital_profile(make_analog):

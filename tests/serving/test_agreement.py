@@ -25,9 +25,6 @@ CASES = [
     *((name, "w8a8", "float32") for name in VARIANTS),
     *((name, "w4a8o8", "bfloat16") for name in VARIANTS),
 ]
-HEAD = pytest.mark.xfail(
-    strict=True, reason="the exporter writes target Linear alone, which is no head to vLLM"
-)
 INT8 = ("CompressedTensorsW8A8Int8", "CPUInt8ScaledMMLinearKernel")
 KERNELS = dict.fromkeys(W8A8, INT8)
 KERNELS["w4a8o8"] = ("CompressedTensorsWNA8O8Int", "CPUWNA16LinearKernel")
@@ -64,10 +61,7 @@ def same_in_float32(steps):
     )
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=HEAD if c[0] == "analog head" else (), id="-".join(c)) for c in CASES],
-)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_vllm_agrees_with_transformers(case, served, steps):
     _, profile, dtype = case
     directory, made = served[case]

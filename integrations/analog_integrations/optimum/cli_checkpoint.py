@@ -22,14 +22,17 @@ examples:
   optimum-cli analog profile demo-out --profile mixed --average-bits 3.5 demo-mixed
 
 profiles:
-  w8a8                  8-bit weights, static 8-bit inputs             transformers, vLLM
-  w4-in-w8              4-bit weights, one byte each                   transformers, vLLM
-  w4a8                  4-bit weights, packed                          transformers
-  w8a8o8, w4a8o8        with 8-bit outputs too                         transformers, vLLM
-  w3-in-w8, w2-in-w8    fewer bits, one byte each                      transformers, vLLM
-  w3a8, w2a8            fewer bits, packed                             transformers
-  mixed, mixed-in-w8    2, 3, 4 or 8 bits, layer by layer, by what each layer's rounding costs
+  w8a8                  8-bit weights, static 8-bit inputs         transformers, vLLM
+  w4-in-w8              4-bit weights, one byte each               transformers, vLLM
+  w4a8                  4-bit weights, packed                      transformers
+  w8a8o8                w8a8 with 8-bit outputs                    transformers
+  w4a8o8                w4a8 with 8-bit outputs                    transformers, vLLM (bfloat16)
+  w3-in-w8, w2-in-w8    fewer bits, one byte each                  transformers, vLLM
+  w3a8, w2a8            fewer bits, packed                         transformers
+  mixed                 2, 3, 4 or 8 bits by layer, packed         transformers
+  mixed-in-w8           the same, one byte a weight                transformers, vLLM
 
+A mixed profile gives most bits to the layers whose rounding costs most.
 OUTPUT appears when all is done, whole; of several profiles each is a directory of its name in it.
 """
 
