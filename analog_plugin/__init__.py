@@ -23,6 +23,7 @@ _PUBLIC = {
     "evaluate_test_time_scaling": "analog_plugin.evaluation",
     "generate_dataset": "analog_plugin.data",
     "analyze_sensitivity": "analog_plugin.evaluation.sensitivity",
+    "inspect_checkpoint": "analog_plugin.checkpoint",
     "load_checkpoint": "analog_plugin.checkpoint",
     "prepare_start": "analog_plugin.training.start",
     "save_checkpoint": "analog_plugin.checkpoint",
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate_noise",
     "evaluate_test_time_scaling",
     "generate_dataset",
+    "inspect_checkpoint",
     "load_checkpoint",
     "prepare_start",
     "save_checkpoint",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from analog_plugin.checkpoint import load_checkpoint, save_checkpoint
+    from analog_plugin.checkpoint import inspect_checkpoint, load_checkpoint, save_checkpoint
     from analog_plugin.data import generate_dataset
     from analog_plugin.errors import AnalogError
     from analog_plugin.evaluation import evaluate_noise, evaluate_test_time_scaling

@@ -5,6 +5,7 @@ from analog_integrations.optimum import (
     main_ablate,
     main_evaluate,
     main_export,
+    main_inspect,
     main_teacher,
     main_test_time,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "main_ablate",
     "main_evaluate",
     "main_export",
+    "main_inspect",
     "main_teacher",
     "main_test_time",
 ]
