@@ -12,9 +12,9 @@ from torch import Tensor
 
 from analog_plugin.checkpoint.layout import CONFIG_FILE, STATE_FILE, TRAINING_FILE, AnalogConfig
 from analog_plugin.checkpoint.quantized import Modules
+from analog_plugin.checkpoint.short_json import short_json
 from analog_plugin.checkpoint.tensors import and_more
 from analog_plugin.errors import AnalogError, is_number, shown
-from analog_plugin.files import read_json
 from analog_plugin.scheme import AnalogScheme
 
 _AGAIN = "export the checkpoint again."
@@ -150,9 +150,10 @@ def _tensor(shape: list[int] | None) -> str:
 
 def _record(directory: Path) -> dict[str, int | None]:
     """What the training record says, where there is one that can be read."""
+    path = directory / TRAINING_FILE
     try:
-        record = read_json(directory / TRAINING_FILE)
-    except AnalogError:
+        record = short_json(path) if path.is_file() else {}
+    except (AnalogError, OSError):
         return {}
     known = {name: record.get(name) for name in ("steps", "tokens", "seed")}
     return {name: v for name, v in known.items() if is_number(v) and isinstance(v, int)}

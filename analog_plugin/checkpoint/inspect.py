@@ -42,6 +42,8 @@ from analog_plugin.checkpoint.quantized import (
     read_quantization,
     unequal_groups,
 )
+from analog_plugin.checkpoint.shapes import absurd_fault, shape_faults
+from analog_plugin.checkpoint.short_json import check_short, short_json
 from analog_plugin.checkpoint.sizes import sizes_of
 from analog_plugin.checkpoint.tensors import StoredTensor, indexed_faults, stored_tensors
 from analog_plugin.errors import AnalogError, one_line, shown
@@ -49,9 +51,6 @@ from analog_plugin.files import read_json
 from analog_plugin.pretrained import read_model_config
 
 ADAPTER_FILE = "adapter_config.json"
-
-# No configuration or index is so long; one that is would take all memory.
-_LONGEST_JSON = 64 << 20
 
 
 def inspect_checkpoint(directory: str | Path, *, verify: bool = True) -> Inspection:
@@ -91,7 +90,7 @@ class _Reader:
         there = self.directory / CONFIG_FILE, self.directory / ADAPTER_FILE
         if not there[0].is_file():
             return self._no_model(there[1].is_file())
-        self.config = self._try(lambda: _short_json(self.directory / CONFIG_FILE)) or {}
+        self.config = self._try(lambda: short_json(self.directory / CONFIG_FILE)) or {}
         self.broken = bool(self.problems)
         ours = (self.directory / MANIFEST_FILE).is_file()
         self._read_tensors()
@@ -102,9 +101,7 @@ class _Reader:
             self._verify()
         self._read_leftovers(analog is not None)
         kind, profile, layout = self._kind(ours, analog)
-        refused = None if self.broken else _refused(self.directory)
-        if kind == "analog-fp" and refused is not None:
-            self.problems.append(refused)
+        refused = None if self.broken else self._read_model(kind, modules)
         unequal = self._unequal(ours)
         sizes = sizes_of(
             self.directory, self.tensors, self.layers, () if analog is None else analog[0].tiles
@@ -159,7 +156,7 @@ class _Reader:
 
     def _read_tensors(self) -> None:
         index = self.directory / WEIGHTS_INDEX
-        has_index = self._try(lambda: not index.is_file() or _is_short(index))
+        has_index = self._try(lambda: not index.is_file() or check_short(index))
         names = None if has_index is None else self._try(lambda: weight_files(self.directory))
         for name in names or ():
             if name != WEIGHTS_INDEX:
@@ -206,7 +203,9 @@ class _Reader:
 
     def _verify(self) -> None:
         """Compare all files with the manifest."""
-        files = self._try(lambda: read_manifest(self.directory))
+        path = self.directory / MANIFEST_FILE
+        short = self._try(lambda: not path.is_file() or check_short(path))
+        files = None if short is None else self._try(lambda: read_manifest(self.directory))
         if files is None:
             return
         names = [] if self.broken else weight_files(self.directory)
@@ -242,6 +241,23 @@ class _Reader:
         if ours and method_of(values) == "compressed-tensors":
             return "digital", profile, layout
         return "quantized", profile, layout
+
+    def _read_model(
+        self, kind: str, modules: Mapping[str, Mapping[str, StoredTensor]]
+    ) -> str | None:
+        """Compare the files with the model; gives what transformers has against the latter."""
+        if (fault := absurd_fault(self.config)) is not None:
+            self.problems.append(fault)
+            return fault
+        try:
+            config = read_model_config(self.directory)
+        except AnalogError as error:
+            if kind == "analog-fp":
+                self.problems.append(str(error))
+            return str(error)
+        by_name = {layer.name: layer for layer in self.layers}
+        self.problems += shape_faults(config, modules, by_name)
+        return None
 
     def _unequal(self, ours: bool) -> bool:
         found = unequal_groups(self.layers)
@@ -283,24 +299,3 @@ class _Reader:
             unequal=unequal,
             head_size=head_size(self.config),
         )
-
-
-def _short_json(path: Path) -> dict[str, Any]:
-    _is_short(path)
-    return read_json(path)
-
-
-def _is_short(path: Path) -> bool:
-    size = path.stat().st_size
-    if size > _LONGEST_JSON:
-        raise AnalogError(f"{path} has {size} bytes, more than any such file; copy it again.")
-    return True
-
-
-def _refused(directory: Path) -> str | None:
-    """What transformers has against the configuration."""
-    try:
-        read_model_config(directory)
-    except AnalogError as error:
-        return str(error)
-    return None

@@ -331,6 +331,11 @@ CONFIGS = {
     "tiles of no layer": lambda v: v["analog_config"]["tiles"].update({"model.none": [32]}),
     "escaping state": lambda v: v["analog_config"]["state"].update(file="../../etc/passwd"),
     "model type": lambda v: v.update(model_type="nonsense"),
+    "vocabulary": lambda v: v.update(vocab_size=9),
+    "heads": lambda v: v.update(num_key_value_heads=1),
+    "inner size": lambda v: v.update(intermediate_size=100),
+    "too many blocks": lambda v: v.update(num_hidden_layers=3),
+    "too few blocks": lambda v: v.update(num_hidden_layers=1),
     "no mapping": lambda v: v.update(analog_config=[1]),
 }
 
@@ -407,6 +412,13 @@ def test_broken_json_is_a_problem(content, file, copy_of):
     directory = copy_of("analog-fp")
     (directory / file).write_text(content)
     assert problems(directory)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_model_that_no_machine_holds_is_a_problem(name, tmp_path):
+    tiny(name).save_pretrained(tmp_path / "out")
+    change_config(tmp_path / "out", lambda v: v.update(num_hidden_layers=10**12))
+    assert any("num_hidden_layers" in problem for problem in problems(tmp_path / "out"))
 
 
 def test_a_width_that_no_machine_holds_is_a_problem(copy_of):
