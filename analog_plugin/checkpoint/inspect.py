@@ -208,10 +208,9 @@ class _Reader:
         files = None if short is None else self._try(lambda: read_manifest(self.directory))
         if files is None:
             return
+        state = [STATE_FILE] if "analog_config" in self.config else []
         names = [] if self.broken else weight_files(self.directory)
-        if "analog_config" in self.config:
-            names.append(STATE_FILE)
-        for name in (CONFIG_FILE, *names):
+        for name in (CONFIG_FILE, *state, *names):
             self._try(partial(require_listed, self.directory, files, name))
         for name, entry in files.items():
             self._try(partial(verify_file, self.directory, name, entry))
@@ -255,8 +254,7 @@ class _Reader:
             if kind == "analog-fp":
                 self.problems.append(str(error))
             return str(error)
-        by_name = {layer.name: layer for layer in self.layers}
-        self.problems += shape_faults(config, modules, by_name)
+        self.problems += shape_faults(config, modules, {la.name: la for la in self.layers})
         return None
 
     def _unequal(self, ours: bool) -> bool:

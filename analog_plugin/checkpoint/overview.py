@@ -76,15 +76,16 @@ def _quantized(inspection: Inspection) -> Iterator[tuple[str, str]]:
     mean = inspection.average_bits
     average = f"; {mean:.2f} bits on average" if mean and len(inspection.groups) > 1 else ""
     yield "weights", f"{inspection.layout}: {groups}{average}{disk}"
-    yield "inputs", _converter(inspection.inputs)
-    yield "outputs", _converter(inspection.outputs)
+    whose = "for plain loaders " if inspection.kind == "analog-fp" else ""
+    yield "inputs", whose + _converter(inspection.inputs)
+    yield "outputs", whose + _converter(inspection.outputs)
 
 
 def _converter(converter: Converter | None) -> str:
     if converter is None:
         return "not quantized"
     if not converter.static:
-        return f"{converter.bits} bits, dynamic: every token by its own maximum"
+        return f"{converter.bits} bits, dynamic (every token by its own maximum)"
     ranges = f"; ranges {_spread(converter.ranges)}" if converter.ranges else ""
     return f"{converter.bits} bits, static{ranges}"
 
