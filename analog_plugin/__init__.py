@@ -23,6 +23,7 @@ _PUBLIC = {
     "evaluate_test_time_scaling": "analog_plugin.evaluation",
     "generate_dataset": "analog_plugin.data",
     "analyze_sensitivity": "analog_plugin.evaluation.sensitivity",
+    "inspect_checkpoint": "analog_plugin.inspection",
     "load_checkpoint": "analog_plugin.checkpoint",
     "prepare_start": "analog_plugin.training.start",
     "save_checkpoint": "analog_plugin.checkpoint",
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate_noise",
     "evaluate_test_time_scaling",
     "generate_dataset",
+    "inspect_checkpoint",
     "load_checkpoint",
     "prepare_start",
     "save_checkpoint",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from analog_plugin.errors import AnalogError
     from analog_plugin.evaluation import evaluate_noise, evaluate_test_time_scaling
     from analog_plugin.evaluation.sensitivity import analyze_sensitivity
+    from analog_plugin.inspection import inspect_checkpoint
     from analog_plugin.layers import AnalogLinear, convert_to_analog, to_digital
     from analog_plugin.recipe import AnalogRecipe
     from analog_plugin.scheme import AnalogScheme

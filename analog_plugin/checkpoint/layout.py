@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,25 +146,50 @@ def verify_manifest(directory: Path, required: Iterable[str] = ()) -> None:
     Raises:
         AnalogError: The manifest is missing or damaged, or a file is missing, truncated or altered.
     """
+    files = read_manifest(directory)
+    for name in required:
+        require_listed(directory, files, name)
+    for name, entry in files.items():
+        verify_file(directory, name, entry)
+
+
+def read_manifest(directory: Path) -> dict[str, ManifestEntry]:
+    """What the manifest says of each file.
+
+    Raises:
+        AnalogError: It is missing or damaged.
+    """
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise AnalogError(
             f"{directory} has no {MANIFEST_FILE}: it was not written whole; export it again."
         )
     try:
-        files = Manifest.model_validate(read_json(path)).files
+        return Manifest.model_validate(read_json(path)).files
     except ValidationError as error:
         raise AnalogError(
             f"{path} cannot be read: {_first_fault(error)}; export the checkpoint again."
         ) from None
-    for name in required:
-        if name not in files:
-            raise AnalogError(f"{path} does not list {name}; export the checkpoint again.")
-    for name, entry in files.items():
-        _verify(directory, name, entry)
 
 
-def _verify(directory: Path, name: str, entry: ManifestEntry) -> None:
+def require_listed(directory: Path, files: Mapping[str, ManifestEntry], name: str) -> None:
+    """Refuse a manifest that passes over a file whose damage would go unseen.
+
+    Raises:
+        AnalogError: ``name`` is not in it.
+    """
+    if name not in files:
+        raise AnalogError(
+            f"{directory / MANIFEST_FILE} does not list {name}; export the checkpoint again."
+        )
+
+
+def verify_file(directory: Path, name: str, entry: ManifestEntry) -> None:
+    """Check one file of the manifest.
+
+    Raises:
+        AnalogError: It is missing, truncated or altered, or its name leads out of the directory.
+    """
     if not _is_inside(name):
         raise AnalogError(f"{directory}/{MANIFEST_FILE} names {shown(name)}, {_OUTSIDE}")
     path = directory / name

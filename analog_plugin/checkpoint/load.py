@@ -48,11 +48,11 @@ def load_checkpoint(
         AnalogError: The directory is missing, holds no analog model, or is truncated or altered.
     """
     directory = _local(directory)
-    analog = _read_analog_config(directory)
+    analog = read_analog_config(directory)
     weights = weight_files(directory)
     if verify:
         verify_manifest(directory, (CONFIG_FILE, STATE_FILE, *weights))
-    state = _read_state(directory, analog)
+    state = read_state(directory, analog)
     model_of_noise = resolve_noise(noise)
     config = read_model_config(directory)
     # The full-precision weights are wanted: no quantization around them, no file of another name.
@@ -68,7 +68,12 @@ def load_checkpoint(
     return model.eval()
 
 
-def _read_analog_config(directory: Path) -> AnalogConfig:
+def read_analog_config(directory: Path) -> AnalogConfig:
+    """What ``config.json`` says of the analog model.
+
+    Raises:
+        AnalogError: It is missing or damaged, or says nothing.
+    """
     values = read_json(directory / CONFIG_FILE)
     if "analog_config" not in values:
         kind = "a plain model without analog state"
@@ -88,8 +93,12 @@ def _read_analog_config(directory: Path) -> AnalogConfig:
     return AnalogConfig.read(values["analog_config"], directory)
 
 
-def _read_state(directory: Path, analog: AnalogConfig) -> dict[str, Tensor]:
-    """The tensors of the state file, which must be the one that ``config.json`` describes."""
+def read_state(directory: Path, analog: AnalogConfig) -> dict[str, Tensor]:
+    """The tensors of the state file, which must be the one that ``config.json`` describes.
+
+    Raises:
+        AnalogError: It is missing, another one, or no safetensors file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

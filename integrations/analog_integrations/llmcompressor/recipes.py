@@ -17,8 +17,12 @@ SPELLING = """analog_stage:
 
 
 def register_modifiers() -> None:
-    """Make all modifiers of the hook ``analog_modifiers`` known to llm-compressor's recipes."""
+    """Make all modifiers of the hook ``analog_modifiers`` known to llm-compressor's recipes.
+
+    So are the preset schemes of :mod:`analog_integrations.compressed_tensors`.
+    """
     factory = require("llmcompressor.modifiers.factory", "llmcompressor").ModifierFactory
+    importlib.import_module("analog_integrations.compressed_tensors").register_presets()
     for record in modifiers().values():
         module, _, name = record.path.partition(":")
         factory.register(record.name, getattr(importlib.import_module(module), name))

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from analog_integrations.optimum.ablate import main_ablate
     from analog_integrations.optimum.evaluate import main_evaluate
     from analog_integrations.optimum.export import main_export
+    from analog_integrations.optimum.inspect import main_inspect
     from analog_integrations.optimum.modeling import AnalogModelForCausalLM
     from analog_integrations.optimum.profile import main_profile
     from analog_integrations.optimum.scaling import main_test_time
@@ -19,6 +20,7 @@ __all__ = [
     "main_ablate",
     "main_evaluate",
     "main_export",
+    "main_inspect",
     "main_profile",
     "main_teacher",
     "main_test_time",
@@ -30,6 +32,7 @@ _MODULES = {
     "main_evaluate": "evaluate",
     "main_export": "export",
     "main_profile": "profile",
+    "main_inspect": "inspect",
     "main_teacher": "teacher",
     "main_test_time": "scaling",
 }

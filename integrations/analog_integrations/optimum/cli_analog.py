@@ -13,7 +13,7 @@ from analog_integrations.optimum.arguments import (
     errors_are_sentences,
     split,
 )
-from analog_integrations.optimum.cli_checkpoint import AnalogProfileCommand
+from analog_integrations.optimum.cli_checkpoint import AnalogInspectCommand, AnalogProfileCommand
 from analog_integrations.optimum.cli_training import AnalogAblateCommand, AnalogTeacherCommand
 
 _EVALUATE = """\
@@ -230,5 +230,10 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="teacher",
             help="Store a teacher's logits for training.",
             subcommand_class=AnalogTeacherCommand,
+        ),
+        CommandInfo(
+            name="inspect",
+            help="What a checkpoint holds and who can load it.",
+            subcommand_class=AnalogInspectCommand,
         ),
     )
