@@ -6,10 +6,15 @@ No code from the model's directory is run, and transformers is never left to ask
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from analog_plugin.errors import AnalogError, one_line
+from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.files import read_json
+
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_MOST_BLOCKS = 10_000
 
 
 def read_model_config(source: str | Path, name: str | None = None) -> Any:
@@ -25,6 +30,9 @@ def read_model_config(source: str | Path, name: str | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     name = name or str(source)
+    path = Path(source) / "config.json"
+    if path.is_file() and (fault := absurd_fault(read_json(path))) is not None:
+        raise AnalogError(f"The configuration of the model {name} cannot be read: {fault}")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     # Besides its own errors, transformers raises whatever the values in the file lead to.
@@ -48,6 +56,20 @@ def read_model_config(source: str | Path, name: str | None = None) -> Any:
             "causal language model; give one for text generation."
         )
     return config
+
+
+def absurd_fault(values: Mapping[str, Any]) -> str | None:
+    """A sentence on so many blocks that reading the configuration would take all memory."""
+    text = values.get("text_config")
+    for part in (values, text if isinstance(text, dict) else {}):
+        for name in _COUNTS:
+            number = part.get(name)
+            if isinstance(number, int) and number > _MOST_BLOCKS:
+                return (
+                    f"config.json says {name}: {shown(number)}, more than any model has; give the "
+                    "files that belong together."
+                )
+    return None
 
 
 def load_causal_lm(

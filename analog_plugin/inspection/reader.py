@@ -44,11 +44,11 @@ from analog_plugin.inspection.quantized import (
     unequal_groups,
 )
 from analog_plugin.inspection.records import Inspection
-from analog_plugin.inspection.shapes import absurd_fault, shape_faults
+from analog_plugin.inspection.shapes import shape_faults
 from analog_plugin.inspection.short_json import check_short, short_json
 from analog_plugin.inspection.sizes import sizes_of
 from analog_plugin.inspection.tensors import StoredTensor, indexed_faults, stored_tensors
-from analog_plugin.pretrained import read_model_config
+from analog_plugin.pretrained import absurd_fault, read_model_config
 
 ADAPTER_FILE = "adapter_config.json"
 

@@ -17,25 +17,8 @@ from analog_plugin.inspection.tensors import and_more
 #: Model types whose layers have the sizes of Llama's.
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_MOST_BLOCKS = 10_000
-
 _BLOCK = re.compile(r"\.(?:layers|h)\.(\d{1,9})\.")
 _EMBEDDINGS = ("embed_tokens", "wte", "lm_head")
-
-
-def absurd_fault(values: Mapping[str, Any]) -> str | None:
-    """A sentence on so many blocks that reading the configuration would take all memory."""
-    text = values.get("text_config")
-    for part in (values, text if isinstance(text, dict) else {}):
-        for name in _COUNTS:
-            number = part.get(name)
-            if isinstance(number, int) and number > _MOST_BLOCKS:
-                return (
-                    f"config.json says {name}: {shown(number)}, more than any model has; give the "
-                    "files that belong together."
-                )
-    return None
 
 
 def shape_faults(config: Any, modules: Modules, layers: Mapping[str, QuantizedLayer]) -> list[str]:

@@ -259,6 +259,7 @@ CONFIGURATIONS = {
     "type of a field": {"hidden_size": "wide"},
     "other sizes": {"hidden_size": 32},
     "more layers": {"num_hidden_layers": 3},
+    "layers without end": {"num_hidden_layers": 10**12},
     "analog_config a list": {"analog_config": [1]},
     "analog_config null": {"analog_config": None},
 }
