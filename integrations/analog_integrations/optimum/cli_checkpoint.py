@@ -102,6 +102,12 @@ class AnalogProfileCommand(BaseOptimumCLICommand):
             "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
         )
         parser.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16"),
+            help="type of the weights before they are rounded, and of all that stays in full "
+            "precision, such as embeddings (default: the checkpoint's)",
+        )
+        parser.add_argument(
             "--overwrite", action="store_true", help="replace an output directory that is not empty"
         )
 
@@ -123,6 +129,7 @@ class AnalogProfileCommand(BaseOptimumCLICommand):
                 blocks=given.blocks,
                 length=given.length,
                 device=given.device,
+                dtype=given.dtype,
                 overwrite=given.overwrite,
             )
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from analog_integrations.optimum.export import resolve_device
@@ -41,6 +42,7 @@ def main_profile(
     blocks: int = 4,
     length: int = 256,
     device: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Mapping[str, float]]:
     """Derive digital profiles from a checkpoint of the profile ``analog-fp``, and measure them.
@@ -56,6 +58,8 @@ def main_profile(
         corpus, blocks, length: What the profiles are measured on; see
             :func:`~analog_plugin.data.evaluation_tokens`. 0 blocks: they are not.
         device: Where to compute; None: a GPU if there is one.
+        dtype: Type of the weights before they are rounded, and of all that stays in full precision;
+            None: the checkpoint's.
         overwrite: Replace an output directory that is not empty.
 
     Returns:
@@ -74,7 +78,9 @@ def main_profile(
             f"blocks is {blocks} and length {length}, but they must be at least 0 and 2."
         )
     check_output(output, overwrite)
-    model = load_checkpoint(directory).to(resolve_device(device))
+    place = resolve_device(device, dtype or "float32")
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    model = load_checkpoint(directory, **options).to(place)
     tokenizer = load_tokenizer(str(directory))
     tokens = None
     if blocks and tokenizer is not None:
