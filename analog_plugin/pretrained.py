@@ -13,8 +13,9 @@ from typing import Any
 from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.files import read_json
 
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_MOST_BLOCKS = 10_000
+#: Of these transformers makes lists as it reads a configuration.
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_labels")
+_MOST = 10_000
 
 
 def read_model_config(source: str | Path, name: str | None = None) -> Any:
@@ -59,12 +60,12 @@ def read_model_config(source: str | Path, name: str | None = None) -> Any:
 
 
 def absurd_fault(values: Mapping[str, Any]) -> str | None:
-    """A sentence on so many blocks that reading the configuration would take all memory."""
+    """A sentence on so many blocks or labels that to read them would take all memory."""
     text = values.get("text_config")
     for part in (values, text if isinstance(text, dict) else {}):
         for name in _COUNTS:
             number = part.get(name)
-            if isinstance(number, int) and number > _MOST_BLOCKS:
+            if isinstance(number, int) and number > _MOST:
                 return (
                     f"config.json says {name}: {shown(number)}, more than any model has; give the "
                     "files that belong together."

@@ -90,7 +90,7 @@ def compare(dtype: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             worker.close()
     rows = []
     for path, worker in workers.items():
-        row = {"dtype": dtype, "peer": path.name, "bytes": size(path), **worker.about}
+        row = {"dtype": dtype, "peer": str(path), "bytes": size(path), **worker.about}
         if path in able:
             made = arguments.rows * arguments.tokens / statistics.median(seconds[path])
             row |= {
@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model")
     parser.add_argument("--vllm", type=Path, default=Path("build/vllm/bin/python"))
     arguments = parser.parse_args()
+    if len(set(arguments.directories)) < len(arguments.directories):
+        parser.error("a directory is given twice")
     if not arguments.vllm.exists():
         parser.error(f"there is no {arguments.vllm}; run make build/vllm/.ready, or give --vllm")
     rows = [row for dtype in measure.begin(arguments) for row in compare(dtype, arguments)]

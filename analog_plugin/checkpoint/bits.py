@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analog_plugin.checkpoint.digital import plain_layers
+from analog_plugin.checkpoint.digital import plain_layers, tokens_of
 from analog_plugin.errors import AnalogError, shown
 from analog_plugin.evaluation.sensitivity import analyze_sensitivity
 from analog_plugin.layers import analog_layers
@@ -59,8 +59,38 @@ def mixed_bits(
     """Bits of all layers that plain loaders quantize: as given, or chosen within the budget.
 
     Raises:
+        AnalogError: As :func:`check_mixed`, or there is nothing to measure on.
+    """
+    check_mixed(model, bits, average_bits, max_bytes)
+    layers = plain_layers(model)
+    if bits is not None:
+        return dict(bits)
+    if batches is None:
+        raise AnalogError(
+            "Which layers need more bits is measured on data; give batches of tokens, or bits of "
+            "each layer."
+        )
+    tokens = tokens_of(batches)
+    costs = rounding_costs(model, tokens[:_ROWS], weight_scale)
+    return choose_bits(
+        {name: tuple(layer.weight.shape) for name, layer in layers.items()},
+        costs,
+        average_bits=average_bits,
+        max_bytes=max_bytes,
+    )
+
+
+def check_mixed(
+    model: nn.Module,
+    bits: Mapping[str, int] | None,
+    average_bits: float | None,
+    max_bytes: int | None,
+) -> None:
+    """Refuse what :func:`mixed_bits` cannot choose from, before anything is measured.
+
+    Raises:
         AnalogError: Neither or both of bits and a budget are given, a layer is missing or unknown,
-            the budget is too small, or there is nothing to measure on.
+            or the budget is too small.
     """
     layers = plain_layers(model)
     given = [v for v in (bits, average_bits, max_bytes) if v is not None]
@@ -70,20 +100,9 @@ def mixed_bits(
             f"{len(given)} were given; write for instance average_bits: 4.5."
         )
     if bits is not None:
-        return _checked(bits, layers)
-    if batches is None:
-        raise AnalogError(
-            "Which layers need more bits is measured on data; give batches of tokens, or bits of "
-            "each layer."
-        )
-    tokens = torch.cat([batch["input_ids"] for batch in batches])
-    costs = rounding_costs(model, tokens[:_ROWS], weight_scale)
-    return choose_bits(
-        {name: tuple(layer.weight.shape) for name, layer in layers.items()},
-        costs,
-        average_bits=average_bits,
-        max_bytes=max_bytes,
-    )
+        _check_bits(bits, layers)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    check_budget(shapes, average_bits, max_bytes)
 
 
 def rounding_costs(
@@ -142,24 +161,20 @@ def choose_bits(
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
     groups = list(dict.fromkeys(tuple(fused_with(name, shapes)) for name in shapes))
 
-    def price(group: tuple[str, ...], width: int) -> float:
+    def price(group: tuple[str, ...], width: int) -> int:
         if average_bits is not None:
-            return sum(weights[name] * width for name in group) / sum(weights.values())
+            return sum(weights[name] * width for name in group)
         return sum(packed_bytes(shapes[name], width) for name in group)
 
     def cost(group: tuple[str, ...], width: int) -> float:
         return sum(costs[width][name] for name in group)
 
-    budget = average_bits if average_bits is not None else max_bytes
+    check_budget(shapes, average_bits, max_bytes)
+    # In bits or bytes of all layers: whole numbers, which add up exactly.
+    budget = max_bytes if average_bits is None else average_bits * sum(weights.values())
     assert budget is not None
     everywhere = {width: sum(price(group, width) for group in groups) for width in widths}
     spent = everywhere[widths[0]]
-    if spent > budget:
-        unit = "bits a weight" if average_bits is not None else "bytes"
-        raise AnalogError(
-            f"The budget is {budget:g} {unit}, but {widths[0]} bits everywhere already take "
-            f"{spent:g}; give at least that."
-        )
     chosen = dict.fromkeys(groups, widths[0])
     while True:
         steps = [
@@ -181,17 +196,38 @@ def choose_bits(
     return {name: found[group] for group in groups for name in group}
 
 
+def check_budget(
+    shapes: Mapping[str, tuple[int, ...]], average_bits: float | None, max_bytes: int | None
+) -> None:
+    """Refuse a budget that not even the fewest bits keep to.
+
+    Raises:
+        AnalogError: It is too small.
+    """
+    fewest = min(WIDTHS)
+    least = sum(packed_bytes(shape, fewest) for shape in shapes.values())
+    if average_bits is not None and average_bits < fewest:
+        raise AnalogError(
+            f"The budget is {average_bits:g} bits a weight, but the fewest are {fewest}; give at "
+            "least that."
+        )
+    if max_bytes is not None and max_bytes < least:
+        raise AnalogError(
+            f"The budget is {max_bytes} bytes, but {fewest} bits everywhere already take {least}; "
+            "give at least that."
+        )
+
+
 def packed_bytes(shape: Sequence[int], bits: int) -> int:
     """Bytes of a weight [out, in] in packed codes, with its fp32 scales and its shape (int64)."""
     rows, columns = shape
     return rows * (math.ceil(columns * bits / 32) * 4 + 4) + 16
 
 
-def _checked(bits: Mapping[str, int], layers: Mapping[str, Any]) -> dict[str, int]:
+def _check_bits(bits: Mapping[str, int], layers: Mapping[str, Any]) -> None:
     for name in [*layers, *bits]:
         if name not in layers or bits.get(name) not in WIDTHS:
             raise AnalogError(
                 f"bits of {shown(name)} are {shown(bits.get(name))}, but each quantized layer of "
                 f"the model needs one of {', '.join(map(str, WIDTHS))}."
             )
-    return dict(bits)

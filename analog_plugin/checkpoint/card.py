@@ -101,7 +101,9 @@ def model_card(model: Any, profile: str, result: Any | None, plan: Any = None) -
 
 
 def _training(scheme: AnalogScheme, result: Any | None) -> list[str]:
-    if result is not None and not result.training.get("steps"):
+    if result is None:  # how a loaded model was trained stands in its own directory
+        return []
+    if not result.training.get("steps"):
         return ["- not trained"]
     clip = "none" if scheme.clip_sigma is None else f"{scheme.clip_sigma:g} σ"
     return [
@@ -161,7 +163,8 @@ def _limits(model: nn.Module, profile: str, plan: Any) -> list[str]:
     if quantized and kept:
         lines.append(
             "- For plain loaders these layers are not quantized, since the first tokens' massive "
-            f"activations would take the range from all others: {', '.join(kept)}."
+            "activations would take the range from all others, or since engines fuse them with "
+            f"digital ones: {', '.join(kept)}."
         )
     if any(layer.input_scale is not None for layer in quantized.values()):
         if any(layer.plain_range is not None for layer in layers):

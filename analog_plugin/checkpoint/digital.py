@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
@@ -101,12 +102,15 @@ class DigitalPlan:
     notes: list[str] = field(default_factory=list)
 
 
-def check_digital(profile: DigitalProfile, model: nn.Module) -> None:
-    """Refuse a model that ``profile`` cannot hold.
+def check_digital(profile: DigitalProfile, model: nn.Module, **options: Any) -> None:
+    """Refuse a model that ``profile`` cannot hold, and options that can be seen to be wrong.
 
     Raises:
-        AnalogError: The model has ``Conv1D`` layers, or its inputs are not static 8-bit ones.
+        AnalogError: The model has ``Conv1D`` layers, or its inputs are not static 8-bit ones, or a
+            budget of bits is missing or too small.
     """
+    from analog_plugin.checkpoint.bits import check_mixed
+
     layers = [layer for _, layer in analog_layers(model)]
     if any(isinstance(layer, AnalogConv1D) for layer in layers):
         raise AnalogError(
@@ -120,6 +124,8 @@ def check_digital(profile: DigitalProfile, model: nn.Module) -> None:
                 f"input_bits {scheme.input_bits} and input_range {scheme.input_range}; write "
                 "profile: analog-fp."
             )
+    if profile.weight_bits == "mixed":
+        check_mixed(model, *(options.get(name) for name in ("bits", "average_bits", "max_bytes")))
 
 
 def plan_profile(
@@ -181,6 +187,20 @@ def plan_profile(
     return with_scales(model, plan, plain_ranges(model, plan, rows), rows)
 
 
+def tokens_of(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Token ids [N, S] of batches.
+
+    Raises:
+        AnalogError: There are none, or of several lengths.
+    """
+    ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+    if not ids or len(ids) < len(batches) or len({rows.shape[1] for rows in ids}) > 1:
+        raise AnalogError(
+            "Batches must hold input_ids, sequences of one length; give at least one such batch."
+        )
+    return torch.cat(ids)
+
+
 class _Kept(Sequence[Mapping[str, Tensor]]):
     """Batches, read when they are first needed and then kept."""
 
@@ -208,9 +228,14 @@ def plain_layers(model: nn.Module) -> dict[str, Any]:
     With a digital prefix, not those layers whose plain range has to hold massive activations of the
     first token, more than :data:`OUTLIERS` times the analog range: they stay in full precision for
     plain loaders (in Llama-shaped models a few down projections), unless these were all layers.
-    Members of a group that serving engines fuse stay together.
+    Members of a group that serving engines fuse stay together: where one is digital, all are.
     """
-    layers = dict(analog_layers(model))
+    modules = dict(model.named_modules())
+    layers = {
+        name: layer
+        for name, layer in analog_layers(model)
+        if not any(type(modules[other]) is nn.Linear for other in fused_with(name, modules))
+    }
     kinds = {(la.scheme.input_bits, la.scheme.input_range == "dynamic") for la in layers.values()}
     one_dac = len(kinds) == 1 and next(iter(kinds))[0] is not None
     if not one_dac or any(isinstance(layer, AnalogConv1D) for layer in layers.values()):

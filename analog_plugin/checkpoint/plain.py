@@ -34,7 +34,8 @@ class PlainLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         if digital.weight_bits is not None:
             codes, scale = digital.weight_codes(linear.weight)
-            rounded = (codes.float() * scale).to(linear.weight.dtype)
+            dtype = linear.weight.dtype  # loaders cast scales to the model's type
+            rounded = codes.to(dtype) * scale.to(dtype)
             self.weight = nn.Parameter(rounded, requires_grad=False)
         self.input_bits, self.output_bits = digital.input_bits, digital.output_bits
         self.register_buffer("input_scale", digital.input_scale)

@@ -14,7 +14,7 @@ from analog_plugin.checkpoint.layout import CARD_FILE, RECIPE_FILE, TRAINING_FIL
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import analog_layers, forward_state, model_scheme
 from analog_plugin.layers.prefix import installed_prefix
-from analog_plugin.paths import atomic_directory
+from analog_plugin.paths import atomic_directory, check_output
 
 
 def save_checkpoint(
@@ -37,7 +37,7 @@ def save_checkpoint(
         profile: A name from the hook ``analog_exporters``: ``"analog-fp"`` keeps the analog model,
             all others of this package's are purely digital.
         plan: What :func:`plan_export` made for this profile, instead of ``batches`` and options;
-            None: the one of ``result``, if there is any.
+            None: the one of ``result``, if there is any and nothing else is said.
         batches: Keyword arguments of the model's forward, to find scales on; profiles with
             quantized outputs and mixed ones need them.
         tokenizer: Saved beside it.
@@ -57,10 +57,16 @@ def save_checkpoint(
     from analog_plugin.plugins import exporters, lookup
 
     exporter = lookup(exporters(), profile, "deploy profile")
-    if plan is None and result is not None:
+    check_output(directory, overwrite)
+    if plan is None and result is not None and not options and batches is None:
         plan = result.plans.get(profile)
     if plan is None:
         plan = plan_export(model, profile, batches=batches, **options)
+    elif options or batches is not None:
+        raise AnalogError("A plan holds options and scales already; give it alone.")
+    made_for = getattr(getattr(plan, "profile", None), "name", profile)
+    if made_for != profile:
+        raise AnalogError(f"The plan was made for the profile {made_for}, not for {profile}.")
     with atomic_directory(directory, overwrite) as target:
         analog_config = (
             exporter.write(model, target)
@@ -150,7 +156,7 @@ def plan_export(
             "The scheme has a digital prefix, but the model has none installed; call "
             "prepare_start(model, batches, held_out, noise), which does it."
         )
-    exporter.check(model)
+    exporter.check(model, **options)
     return None if exporter.prepare is None else exporter.prepare(model, batches=batches, **options)
 
 

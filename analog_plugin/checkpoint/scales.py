@@ -13,13 +13,14 @@ from analog_plugin.checkpoint.digital import (
     DigitalLayer,
     DigitalPlan,
     plain_layers,
+    tokens_of,
 )
 from analog_plugin.checkpoint.plain import plain_reading
 from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.layers import digital_layers
 from analog_plugin.layers.base import RANGE_FLOOR
-from analog_plugin.layers.observe import run_batches
+from analog_plugin.layers.observe import run_batches, unreached
 from analog_plugin.layers.prefix import installed_prefix, without_prefix
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.ops.histogram import MagnitudeHistogram
@@ -124,6 +125,8 @@ def _calibrated(
         run_batches(model, batches, desc, watched=watched.values(), before=masked)
     ranges: dict[str, dict[str, Tensor]] = {"inputs": {}, "outputs": {}}
     for part, histograms in found.items():
+        if lost := plan.layers.keys() - histograms.keys():
+            raise unreached(min(lost))
         for name, histogram in histograms.items():
             histogram.merge_processes()
             # Plain loaders divide by it, also where a layer saw only zeros.
@@ -170,7 +173,7 @@ def _divergences(
     model: nn.Module, plans: Sequence[DigitalPlan], batches: Sequence[Mapping[str, Tensor]]
 ) -> list[float]:
     """KL of each plan's reading to the model without quantization, on ``batches``."""
-    tokens = torch.cat([batch["input_ids"] for batch in batches])
+    tokens = tokens_of(batches)
     size = len(batches[0]["input_ids"])
     found = []
     with evaluation_mode(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from analog_plugin.checkpoint.digital import DIGITAL_PROFILES
+from analog_plugin.errors import shown
 from analog_plugin.inspection.analog_part import AnalogPart, Spread
 from analog_plugin.inspection.records import Converter, Inspection
 
@@ -50,7 +51,7 @@ def _kind(inspection: Inspection) -> str:
         return summary or "a digital profile that this package does not name"
     if inspection.kind == "quantized":
         like = f", laid out like {summary}" if summary else ""
-        return f"quantized by another tool ({inspection.layout}){like}"
+        return f"quantized by another tool ({_printable(inspection.layout)}){like}"
     return {
         "plain": "a model in full precision, without quantization",
         "adapter": "an adapter for another model",
@@ -61,7 +62,9 @@ def _quantized(inspection: Inspection) -> Iterator[tuple[str, str]]:
     if not inspection.quantized:
         return
     ignored = inspection.ignored
-    most = ", ".join(ignored[:4]) + (f" and {len(ignored) - 4} more" if len(ignored) > 4 else "")
+    most = ", ".join(map(_printable, ignored[:4])) + (
+        f" and {len(ignored) - 4} more" if len(ignored) > 4 else ""
+    )
     weights = sum(group.weights for group in inspection.groups)
     left_out = f"; left out: {most}" if ignored else ""
     layers = f"{len(inspection.quantized)} layers with {weights:,} weights"
@@ -75,10 +78,16 @@ def _quantized(inspection: Inspection) -> Iterator[tuple[str, str]]:
     disk = "" if stored is None else f"; {stored:.2f} bits a weight on disk, scales included"
     mean = inspection.average_bits
     average = f"; {mean:.2f} bits on average" if mean and len(inspection.groups) > 1 else ""
-    yield "weights", f"{inspection.layout}: {groups}{average}{disk}"
+    yield "weights", f"{_printable(inspection.layout)}: {groups}{average}{disk}"
     whose = "for plain loaders " if inspection.kind == "analog-fp" else ""
     yield "inputs", whose + _converter(inspection.inputs)
     yield "outputs", whose + _converter(inspection.outputs)
+
+
+def _printable(text: object) -> str:
+    """Text from a file, which a terminal would otherwise take for more than text."""
+    plain = isinstance(text, str) and text.isprintable() and len(text) <= 100
+    return str(text) if plain else shown(text)
 
 
 def _converter(converter: Converter | None) -> str:
@@ -104,7 +113,7 @@ def _analog(analog: AnalogPart) -> Iterator[tuple[str, str]]:
     )
     yield "converters", f"inputs {inputs}, {scheme['input_range']}; outputs {outputs}"
     for kind, spread in analog.input_ranges.items():
-        yield f"  {kind}", f"ranges {_spread(spread)}"
+        yield f"  {_printable(kind)}", f"ranges {_spread(spread)}"
     yield "digital prefix", f"{analog.prefix or 'no'} token{'s' if analog.prefix != 1 else ''}"
     clip = scheme["clip_sigma"]
     clipped = "no clipping" if clip is None else f"clipping at {clip:g} σ"

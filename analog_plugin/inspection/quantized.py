@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analog_plugin.checkpoint.digital import fused_with
 from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.inspection.tensors import StoredTensor, and_more
+from analog_plugin.scheme import fused_with
 
 #: Tensors that belong to the quantization of a layer.
 PARTS = (

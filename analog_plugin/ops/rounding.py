@@ -55,10 +55,10 @@ def _least_error(weight: Tensor, unit: Tensor, levels: int) -> Tensor:
     for shares in (_COARSE, _FINE):
         about = best
         for share in shares:
-            candidate = about * share
+            # Never beyond the largest magnitude: its codes would go unused.
+            candidate = torch.minimum(about * share, unit)
             error = _codes(weight, candidate, levels).mul_(candidate).sub_(weight).square_()
             error = error.sum(1, keepdim=True)
             better = error < least
             best, least = torch.where(better, candidate, best), torch.minimum(error, least)
-    # Never beyond the largest magnitude: it would only coarsen the codes.
-    return torch.minimum(best, unit)
+    return best

@@ -53,7 +53,11 @@ def analog_exporters() -> Iterable[Exporter]:
     full = "full-precision weights and the analog state"
     yield Exporter("analog-fp", write_analog_fp, full, prepare=plan_profile, reading=plain_reading)
     for profile in DIGITAL_PROFILES:
-        mixed = ("bits", "average_bits", "max_bytes") if profile.weight_bits == "mixed" else ()
+        options = ["weight_scale"]
+        if profile.weight_bits == "mixed":
+            options += ["bits", "average_bits"]
+            if profile.packed:  # whole bytes keep to no number of them
+                options.append("max_bytes")
         yield Exporter(
             profile.name,
             write_digital,
@@ -61,7 +65,7 @@ def analog_exporters() -> Iterable[Exporter]:
             partial(check_digital, profile),
             partial(plan_profile, profile=profile),
             plain_reading,
-            ("weight_scale", *mixed),
+            tuple(options),
         )
 
 

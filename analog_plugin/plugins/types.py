@@ -72,21 +72,22 @@ class Exporter:
             into ``analog_config`` (None: the profile is purely digital). With ``prepare`` it is
             called as ``write(model, directory, plan)``.
         summary: One line for help texts.
-        check: Called as ``check(model)`` with the analog model before it is trained, and again
-            before it is written; raises ``AnalogError`` where the profile cannot hold the model.
+        check: Called as ``check(model, **options)`` with the analog model before it is trained, and
+            again before it is written; raises ``AnalogError`` where the profile cannot hold it.
         prepare: Called as ``prepare(model, batches=batches, **options)`` with keyword arguments of
             the model's forward to calibrate on, or None; gives a plan, whatever ``write`` and
             ``reading`` are to have. Where it has ``notes``, these sentences go into the model card.
         reading: Called as ``reading(model, plan)``; gives a context within which the model computes
             what loaders without this package make of the profile, to be measured. None: not
             measured.
-        options: Names of the options that ``prepare`` takes.
+        options: Names of the options that ``check`` and ``prepare`` take; recipes and commands know
+            those of this package's profiles.
     """
 
     name: str
     write: Callable[..., Mapping[str, Any] | None]
     summary: str = ""
-    check: Callable[[Any], None] = lambda model: None
+    check: Callable[..., None] = lambda model, **options: None
     prepare: Callable[..., Any] | None = None
     reading: Callable[[Any, Any], AbstractContextManager[None]] | None = None
     options: tuple[str, ...] = ()

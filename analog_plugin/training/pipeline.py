@@ -99,7 +99,8 @@ def train_analog(
     convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
     with _digital_again_on_error(model, teacher):
         for profile in recipe.deploy.profiles:
-            lookup(exporters(), profile, "deploy profile").check(model)
+            exporter = lookup(exporters(), profile, "deploy profile")
+            exporter.check(model, **recipe.deploy.options(profile))
         prefix = None
         if scheme.prefix is not None:
             prefix = install_prefix(teacher, prefix_tokens(teacher, scheme.prefix))

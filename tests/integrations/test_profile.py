@@ -1,6 +1,7 @@
 """``optimum-cli analog profile``: digital checkpoints from an analog one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tiny_models import token_ids
 from transformers import AutoModelForCausalLM
 
 from analog_integrations.optimum import main_export, main_profile
-from analog_plugin import AnalogError
+from analog_plugin import AnalogError, load_checkpoint
 from analog_plugin.data import evaluation_tokens
 from analog_plugin.evaluation.fidelity import fidelity
 from analog_plugin.pretrained import load_tokenizer
@@ -128,6 +129,8 @@ def test_an_export_writes_several_profiles_at_once(model_directory, fields, corp
         ({"profile": []}, "a name or a list of names"),
         ({"profile": "w8a8", "average_bits": 4}, "average_bits is no option of the profile w8a8"),
         ({"profile": "mixed", "average_bits": 1.5}, r"budget is 1\.5 bits a weight"),
+        ({"profile": ["w8a8o8", "mixed"]}, "takes one of bits"),
+        ({"profile": ["analog-fp", "w8a8"]}, "analog-fp is what profiles are derived from"),
         ({"profile": "mixed", "average_bits": -1}, "average_bits is -1"),
         ({"profile": "w8a8", "weight_scale": "l1"}, "weight_scale is 'l1'"),
         ({"profile": "w8a8", "blocks": -1}, "blocks is -1"),
@@ -142,6 +145,16 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     with pytest.raises(AnalogError, match=message):
         main_profile(analog_directory, tmp_path / "out", **(measured | given))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_checkpoint_itself_is_never_replaced(analog_directory, measured, tmp_path):
+    shutil.copytree(analog_directory, tmp_path / "all" / "fp")
+    for output in (tmp_path / "all" / "fp", tmp_path / "all"):
+        with pytest.raises(AnalogError, match="is or holds the checkpoint itself"):
+            main_profile(
+                tmp_path / "all" / "fp", output, profile="w4a8", overwrite=True, **measured
+            )
+    assert load_checkpoint(tmp_path / "all" / "fp") is not None
 
 
 def test_a_digital_directory_is_refused_with_the_reason(checkpoints, measured, tmp_path):

@@ -89,10 +89,12 @@ class AnalogModifier(Modifier):
                 "AnalogModifier was finalized without having run; use it through "
                 "llmcompressor.oneshot."
             )
-        result = self._result
+        result, tokenizer = self._result, self._tokenizer
 
         def save_pretrained(directory: str | Path, **_host_options: Any) -> None:
-            save_profiles(state.model, directory, result.plans, result=result)
+            # Beside a single one llm-compressor saves it itself.
+            beside = tokenizer if len(result.plans) > 1 else None
+            save_profiles(state.model, directory, result.plans, tokenizer=beside, result=result)
 
         state.model.save_pretrained = save_pretrained
         self._dataset = self._tokenizer = None

@@ -83,7 +83,7 @@ class AnalogProfileCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--max-bytes",
             type=int,
-            help="budget of a mixed profile: bytes of the quantized layers' codes and scales",
+            help="budget of the profile mixed: bytes of the quantized layers' codes and scales",
         )
         parser.add_argument(
             "--dataset",

@@ -77,13 +77,27 @@ def main_profile(
         raise AnalogError(
             f"blocks is {blocks} and length {length}, but they must be at least 0 and 2."
         )
-    check_output(output, overwrite)
+    if "analog-fp" in deploy.profiles:
+        raise AnalogError(
+            "analog-fp is what profiles are derived from, with the record of its training; copy "
+            "the directory instead."
+        )
+    target = check_output(output, overwrite)
+    if Path(directory).resolve().is_relative_to(target):
+        raise AnalogError(
+            f"The output {str(output)!r} is or holds the checkpoint itself, whose full-precision "
+            "weights would be lost; give another."
+        )
     place = resolve_device(device, dtype or "float32")
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = load_checkpoint(directory, **options).to(place)
+    for name in deploy.profiles:  # all of them before the first one's data
+        lookup(exporters(), name, "deploy profile").check(model, **deploy.options(name))
     tokenizer = load_tokenizer(str(directory))
     tokens = None
-    if blocks and tokenizer is not None:
+    if blocks and tokenizer is None:
+        print("There is no tokenizer beside the checkpoint, so nothing is measured.")
+    elif blocks:
         check_sequence_length(model, length, "length")
         tokens = evaluation_tokens(tokenizer, blocks, length, corpus)
         check_token_ids(model, tokens, "The corpus")
@@ -121,7 +135,8 @@ class _Batches:
     @cached_property
     def rows(self) -> Tensor:
         """Token ids [32, 128], sampled from the model with full-precision weights, or read."""
-        length = min(_LENGTH, getattr(self.model.config, "max_position_embeddings", _LENGTH))
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        length = min(_LENGTH, context or _LENGTH)
         if self.dataset is None:
             with digital_layers(self.model), without_prefix(self.model):
                 return generate_dataset(self.model, _ROWS * length, length, batch_size=_ROWS)
