@@ -22,6 +22,7 @@ class Facts:
         foreign: Quantized by a method that is not compressed-tensors'.
         integer: Everything that is quantized is so to symmetric integers.
         unequal: Scales differ within q/k/v or gate/up.
+        split: Only some of q/k/v, or one of gate/up, are quantized.
         head_size: Of the attention; None: not known.
     """
 
@@ -36,6 +37,7 @@ class Facts:
     foreign: bool = False
     integer: bool = True
     unequal: bool = False
+    split: bool = False
     head_size: int | None = None
 
 
@@ -121,6 +123,7 @@ VLLM = (
         False,
         "vLLM has no kernel for weights of fewer than 8 bits with static inputs",
     ),
+    Rule(lambda f: f.split, False, "vLLM wants q/k/v, and gate/up, quantized alike"),
     Rule(
         lambda f: f.head_size is not None and f.head_size < 32,
         False,

@@ -189,6 +189,12 @@ class _Targets:
         return None
 
 
+def split_groups(layers: list[QuantizedLayer], modules: Modules) -> list[str]:
+    """Quantized members of groups that engines fuse, of which other members are not quantized."""
+    names = {layer.name for layer in layers}
+    return [name for name in names if not names.issuperset(fused_with(name, modules))]
+
+
 def unequal_groups(layers: list[QuantizedLayer]) -> dict[str, list[str]]:
     """Groups that engines fuse whose members' scales differ, by ``input`` and ``output``."""
     by_name = {layer.name: layer for layer in layers}

@@ -41,6 +41,7 @@ from analog_plugin.inspection.quantized import (
     modules_of,
     quantized_layers,
     read_quantization,
+    split_groups,
     unequal_groups,
 )
 from analog_plugin.inspection.records import Inspection
@@ -122,7 +123,9 @@ class _Reader:
             outputs=converter(self.layers, "output"),
             analog=None if analog is None else analog[1],
             sizes=sizes,
-            loaders=loaders(self._facts(kind, refused, unequal)),
+            loaders=loaders(
+                self._facts(kind, refused, unequal, bool(split_groups(self.layers, modules)))
+            ),
             problems=tuple(dict.fromkeys(self.problems)),
             notes=tuple(self.notes),
         )
@@ -271,7 +274,7 @@ class _Reader:
                     self.notes.append(f"{sentence}.")
         return any(found.values())
 
-    def _facts(self, kind: str, refused: str | None, unequal: bool) -> Facts:
+    def _facts(self, kind: str, refused: str | None, unequal: bool, split: bool) -> Facts:
         first = self.layers[0] if self.layers else None
         arguments = [a for layer in self.layers for a in layer.arguments.values()]
         widths = {
@@ -295,5 +298,6 @@ class _Reader:
             not in (None, "compressed-tensors"),
             integer=all(a.type == "int" and a.symmetric for a in arguments),
             unequal=unequal,
+            split=split,
             head_size=head_size(self.config),
         )

@@ -487,3 +487,19 @@ def test_no_change_of_a_header_is_more_than_problems(data, saved, tmp_path_facto
         )
     path.write_bytes(content)
     problems(directory, verify=False)
+
+
+def test_vllm_does_not_take_a_group_of_which_a_part_is_quantized(make_analog, tmp_path):
+    directory = save_checkpoint(make_analog(), tmp_path / "out", profile="w8a8")
+    state = load_file(directory / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    scale = state.pop(f"{name}.weight_scale")
+    del state[f"{name}.input_scale"]
+    state[f"{name}.weight"] = state[f"{name}.weight"].float() * scale
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    change_config(directory, lambda v: v["quantization_config"]["ignore"].append(name))
+    (directory / "analog" / "manifest.json").unlink()
+    (directory / "analog").rmdir()
+    found = inspect_checkpoint(directory)
+    row = next(row for row in found.loaders if row.name == "vLLM")
+    assert found.problems == () and row.takes is False and "quantized alike" in row.reason
