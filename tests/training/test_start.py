@@ -249,7 +249,10 @@ def test_a_layer_that_no_input_reaches_is_named():
 
 def test_wrong_questions_are_refused():
     model = analog(out_bound=4.0)
-    for options, message in (({"by": "head"}, "layer, fused or kind"), ({"parts": ["dac"]}, "no part")):
+    for options, message in (
+        ({"by": "head"}, "layer, fused or kind"),
+        ({"parts": ["dac"]}, "no part"),
+    ):
         with pytest.raises(AnalogError, match=message):
             analyze_sensitivity(model, token_ids(), **options)
     with pytest.raises(AnalogError, match="no analog layer"):
