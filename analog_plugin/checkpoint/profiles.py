@@ -29,7 +29,7 @@ def write_analog_fp(model: Any, directory: Path, plan: DigitalPlan) -> Mapping[s
     from safetensors.torch import save_file
 
     layers = dict(analog_layers(model))
-    _write_model(model, directory, _digital_state(model, plan), _quantization_config(model, plan))
+    write_digital(model, directory, plan)
     (directory / STATE_FILE).parent.mkdir(exist_ok=True)
     save_file(analog_state(model), directory / STATE_FILE)
     return {
@@ -53,9 +53,9 @@ def analog_state(model: Any) -> dict[str, Tensor]:
 
 
 def write_digital(model: Any, directory: Path, plan: DigitalPlan) -> None:
-    """Integer weights with one scale a channel, and static inputs; purely digital.
+    """What plain loaders read: integer weights with one scale a channel, and static inputs.
 
-    Layers that are not in ``plan`` keep their full precision.
+    What is not in ``plan`` keeps its full precision.
     """
     _write_model(model, directory, _digital_state(model, plan), _quantization_config(model, plan))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from analog_plugin.checkpoint.layout import CONFIG_FILE, STATE_FILE, TRAINING_FILE, AnalogConfig
 from analog_plugin.errors import AnalogError, is_number, shown
+from analog_plugin.files import read_json
 from analog_plugin.inspection.quantized import Modules
-from analog_plugin.inspection.short_json import short_json
 from analog_plugin.inspection.tensors import and_more
 from analog_plugin.scheme import AnalogScheme
 
@@ -152,7 +152,7 @@ def _record(directory: Path) -> dict[str, int | None]:
     """What the training record says, where there is one that can be read."""
     path = directory / TRAINING_FILE
     try:
-        record = short_json(path) if path.is_file() else {}
+        record = read_json(path) if path.is_file() else {}
     except (AnalogError, OSError):
         return {}
     known = {name: record.get(name) for name in ("steps", "tokens", "seed")}

@@ -46,7 +46,6 @@ from analog_plugin.inspection.quantized import (
 )
 from analog_plugin.inspection.records import Inspection
 from analog_plugin.inspection.shapes import shape_faults
-from analog_plugin.inspection.short_json import check_short, short_json
 from analog_plugin.inspection.sizes import sizes_of
 from analog_plugin.inspection.tensors import StoredTensor, indexed_faults, stored_tensors
 from analog_plugin.pretrained import absurd_fault, read_model_config
@@ -91,7 +90,7 @@ class _Reader:
         there = self.directory / CONFIG_FILE, self.directory / ADAPTER_FILE
         if not there[0].is_file():
             return self._no_model(there[1].is_file())
-        self.config = self._try(lambda: short_json(self.directory / CONFIG_FILE)) or {}
+        self.config = self._try(lambda: read_json(self.directory / CONFIG_FILE)) or {}
         self.broken = bool(self.problems)
         ours = (self.directory / MANIFEST_FILE).is_file()
         self._read_tensors()
@@ -159,8 +158,7 @@ class _Reader:
 
     def _read_tensors(self) -> None:
         index = self.directory / WEIGHTS_INDEX
-        has_index = self._try(lambda: not index.is_file() or check_short(index))
-        names = None if has_index is None else self._try(lambda: weight_files(self.directory))
+        names = self._try(lambda: weight_files(self.directory))
         for name in names or ():
             if name != WEIGHTS_INDEX:
                 found = self._try(partial(stored_tensors, self.directory / name))
@@ -206,9 +204,7 @@ class _Reader:
 
     def _verify(self) -> None:
         """Compare all files with the manifest."""
-        path = self.directory / MANIFEST_FILE
-        short = self._try(lambda: not path.is_file() or check_short(path))
-        files = None if short is None else self._try(lambda: read_manifest(self.directory))
+        files = self._try(lambda: read_manifest(self.directory))
         if files is None:
             return
         state = [STATE_FILE] if "analog_config" in self.config else []
