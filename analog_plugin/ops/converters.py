@@ -29,8 +29,8 @@ class Digitized(NamedTuple):
     """What a DAC made of inputs.
 
     Args:
-        inputs: [T, in] what is multiplied: codes as fractions of ``2**(bits - 1)``, exact in bf16
-            up to 8 bits and in fp16 up to 11 (products of whole codes leave the range of fp16).
+        inputs: [T, in] what is multiplied: codes over :func:`input_full_scale`, exact in bf16 up
+            to 8 bits and in fp16 up to 11.
         codes: [T, in] whole codes, one byte each up to 8 bits; None: not asked for.
         scales: Of each tile, [1, 1] or [T, 1] fp32: what one code stands for.
         clipped: Of each tile; None: not asked for, or inputs that are never clipped.
@@ -59,7 +59,7 @@ def digitize_inputs(
         one = rows.new_ones((1, 1), dtype=torch.float32)
         unchanged = rows.to(dtype)
         return Digitized(unchanged, unchanged, [one] * len(tiles), None)
-    fraction = 2.0 ** (1 - scheme.input_bits)
+    full = input_full_scale(scheme, dtype)
     whole = torch.int8 if scheme.input_bits <= 8 else torch.int16
     dynamic = scheme.input_range == "dynamic"
     inputs: list[Tensor] = []
@@ -78,7 +78,7 @@ def digitize_inputs(
             codes.append(code.to(whole))
             if not dynamic:
                 clipped.append(_find_clipped(block, codes[-1], input_range[k], levels))
-        inputs.append(code.mul_(fraction).to(dtype))
+        inputs.append((code if full == 1.0 else code.div_(full)).to(dtype))
     return Digitized(
         _joined(inputs),
         _joined(codes) if for_backward else None,
@@ -94,7 +94,10 @@ def _joined(blocks: list[Tensor]) -> Tensor:
 def _find_clipped(block: Tensor, codes: Tensor, input_range: Tensor, levels: int) -> Clipped:
     # Only codes at the ends can be clipped inputs; few are, so look at those alone.
     index = _indices(codes.abs().clamp_min_(levels - 1).sub_(levels - 1))
-    values = block[index // block.shape[1], index % block.shape[1]].float().abs()
+    if block.is_contiguous():
+        values = block.view(-1)[index].float().abs()
+    else:
+        values = block[index // block.shape[1], index % block.shape[1]].float().abs()
     on_or_beyond = values >= input_range
     return Clipped(index[on_or_beyond], values[on_or_beyond] > input_range)
 
@@ -118,19 +121,21 @@ def count_clipped(
     counts: Tensor, clipped: list[Clipped], tiles: list[int], tokens: int, row_mask: Tensor | None
 ) -> None:
     """Add (clipped, all) inputs to ``counts`` [K, 2]; ``row_mask`` [T] tells which tokens count."""
+    if row_mask is None:
+        numbers = [
+            (f.places.numel(), tokens * width) for f, width in zip(clipped, tiles, strict=True)
+        ]
+        counts += counts.new_tensor(numbers)
+        return
     for count, found, width in zip(counts, clipped, tiles, strict=True):
-        if row_mask is None:
-            count[0] += found.places.numel()
-            count[1] += tokens * width
-        else:
-            count[0] += row_mask[found.places // width].sum()
-            count[1] += row_mask.sum() * width
+        count[0] += row_mask[found.places // width].sum()
+        count[1] += row_mask.sum() * width
 
 
 def convert_outputs(
     block: Tensor, column_max: Tensor, scheme: AnalogScheme, for_backward: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """ADC: products [T, out] of :func:`digitize_inputs`' fractions to integer ADC codes, fp32.
+    """ADC: products [T, out] of :func:`digitize_inputs`' inputs to integer ADC codes, fp32.
 
     ``block`` is overwritten unless it is of half precision.
 
@@ -140,13 +145,15 @@ def convert_outputs(
     """
     levels = scheme.output_levels
     assert levels is not None
-    code = block.to(at_least_fp32(block.dtype)).mul_(adc_gain(column_max, scheme)).round_()
+    gain = adc_gain(column_max, scheme, block.dtype)
+    code = block.to(at_least_fp32(block.dtype)).mul_(gain).round_()
     saturated = None
     if for_backward and code.is_cuda:  # where a search would have to be waited for
         saturated = (code.abs() > levels).to(torch.int8)
-    # NaN is not small either.
-    elif for_backward and code.numel() and not largest_magnitude(code) <= levels:
-        saturated = _saturated(code, levels)
+    elif for_backward and code.numel():
+        if largest_magnitude(code) <= levels:
+            return code, None
+        saturated = _saturated(code, levels)  # NaN is not small either
     return code.clamp_(-levels, levels), saturated
 
 
@@ -162,10 +169,13 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def adc_gain(column_max: Tensor, scheme: AnalogScheme) -> Tensor:
-    """ADC codes for a product of 1 [out], of columns with ``column_max``; 0 where that is 0."""
-    unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme))
-    return torch.where(unit > 0, 1.0 / unit.clamp_min(_TINY), 0.0)
+def adc_gain(column_max: Tensor, scheme: AnalogScheme, dtype: torch.dtype) -> Tensor:
+    """ADC codes for a product of 1 [out], of columns with ``column_max``; 0 where that is 0.
+
+    ``dtype`` is that of the products.
+    """
+    unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme, dtype))
+    return unit.clamp_min(_TINY).reciprocal().mul_(unit > 0)
 
 
 def adc_step(scheme: AnalogScheme) -> float:
@@ -175,6 +185,11 @@ def adc_step(scheme: AnalogScheme) -> float:
     return scheme.out_bound * scheme.input_levels / scheme.output_levels
 
 
-def input_full_scale(scheme: AnalogScheme) -> float:
-    """What the fractions of :func:`digitize_inputs` are fractions of, in codes."""
-    return 1.0 if scheme.input_bits is None else 2.0 ** (scheme.input_bits - 1)
+def input_full_scale(scheme: AnalogScheme, dtype: torch.dtype) -> float:
+    """How many codes an input of 1 of :func:`digitize_inputs` is, in products of ``dtype``.
+
+    Whole codes are multiplied, but not in fp16, whose range their products leave.
+    """
+    if scheme.input_bits is None or dtype != torch.float16:
+        return 1.0
+    return 2.0 ** (scheme.input_bits - 1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from analog_plugin.ops.converters import input_full_scale
 from analog_plugin.scheme import AnalogScheme
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -32,7 +33,7 @@ def disturb(
     """Products [T, out] of one tile with what its array does to them, computed in fp32."""
     x, w = inputs.float(), weight.float()
     if scheme.input_bits is not None and scheme.input_levels is not None:
-        full = x.new_tensor(scheme.input_levels / 2.0 ** (scheme.input_bits - 1))
+        full = x.new_tensor(scheme.input_levels / input_full_scale(scheme, inputs.dtype))
     else:
         full = x.abs().amax(1, keepdim=True)
     peak = disturbances.full_scale.to(w)

@@ -165,7 +165,7 @@ def _tile_products(
     made: Digitized, noisy: Tensor, column_max: Tensor, context: MatmulContext, for_backward: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Sum of all tiles' outputs [T, out], and of each tile which are saturated."""
-    scheme, full = context.scheme, input_full_scale(context.scheme)
+    scheme, full = context.scheme, input_full_scale(context.scheme, made.inputs.dtype)
     wide = at_least_fp32(noisy.dtype)
     out: Tensor | None = None
     saturated: list[Tensor | None] = []
@@ -223,18 +223,21 @@ def _clip_gradients(
     """
     scheme, tiles = ctx.analog.scheme, ctx.analog.tiles
     grad_range = torch.zeros_like(input_range) if need_range else None
+    flat_grad, flat_codes = grad_x.view(-1), codes.reshape(-1)
     for k, (start, end) in enumerate(tile_bounds(tiles)):
-        index, beyond = ctx.clipped[k].places.long(), ctx.clipped[k].beyond
-        row, column = index // (end - start), start + index % (end - start)
+        places, width = ctx.clipped[k].places.long(), end - start
+        at = (
+            places if len(tiles) == 1 else places // width * codes.shape[1] + start + places % width
+        )
         if grad_range is not None:
-            outward = grad_x[row, column].float() * codes[row, column].sign().float()
+            outward = flat_grad[at].float() * flat_codes[at].sign()
             if scheme.range_gradient == "lsq":
                 assert kept_x is not None
                 residual = codes[:, start:end] - kept_x[:, start:end].float() / ctx.scales[k]
-                residual[row, column - start] = 0
+                residual.view(-1)[places] = 0
                 inside = (residual * grad_x[:, start:end]).sum() / scheme.input_levels
                 grad_range[k] = outward.sum() + inside
             else:
                 grad_range[k] = outward.clamp_(max=0).sum() * input_range[k]
-        grad_x[row[beyond], column[beyond]] = 0
+        flat_grad.index_fill_(0, at[ctx.clipped[k].beyond], 0)
     return grad_range

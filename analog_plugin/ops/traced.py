@@ -40,17 +40,18 @@ def traced_matmul(
         start += width
         inputs, scale = _digitize(rows[:, part], input_range[k], k, context)
         peak, block = column_max[k].float(), blocks[k]
-        product = inputs.to(dtype) @ block.to(dtype).t()
+        full = input_full_scale(scheme, dtype)
+        inputs = (inputs / full).to(dtype)
+        product = inputs @ block.to(dtype).t()
         disturbances = context.disturbances[k] if context.disturbances else None
         if disturbances is not None:
             disturbed = disturb(product, inputs, block, scheme, disturbances)
             product = product + (disturbed - product).detach()
         product = product.to(at_least_fp32(dtype))
-        full = input_full_scale(scheme)
         if scheme.output_levels is None:
             product = product * (scale * full)
         else:
-            code = _round(product * adc_gain(peak, scheme))
+            code = _round(product * adc_gain(peak, scheme, dtype))
             code = code.clamp(-scheme.output_levels, scheme.output_levels)
             product = code * (peak * adc_step(scheme) * scale)
         out = product if out is None else out + product
@@ -61,7 +62,7 @@ def traced_matmul(
 def _digitize(
     block: Tensor, input_range: Tensor, k: int, context: MatmulContext
 ) -> tuple[Tensor, Tensor]:
-    """Codes [T, rows] as fractions of their full scale, and what one code stands for."""
+    """Codes [T, rows], and what one code stands for."""
     scheme, levels = context.scheme, context.scheme.input_levels
     block = block.float()
     if levels is None:
@@ -69,7 +70,7 @@ def _digitize(
     if scheme.input_range == "dynamic":
         peak = block.detach().abs().amax(1, keepdim=True).clamp_min(_TINY * levels)
         inputs = _round(block / (peak / levels)).clamp(-levels, levels)
-        return inputs / input_full_scale(scheme), peak / levels
+        return inputs, peak / levels
     if context.clip_counts is not None:
         at_end = (block.detach().abs() >= input_range).sum(1)
         counted = torch.ones_like(at_end) if context.row_mask is None else context.row_mask
@@ -77,7 +78,7 @@ def _digitize(
         context.clip_counts[k, 1] += counted.sum() * block.shape[1]
     scale = input_range.detach() / levels
     codes = _Digitize.apply(block, input_range, levels, scheme.range_gradient == "lsq")
-    return codes / input_full_scale(scheme), scale.view(1, 1)
+    return codes, scale.view(1, 1)
 
 
 def _round(values: Tensor) -> Tensor:
