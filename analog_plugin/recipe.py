@@ -252,7 +252,8 @@ class OwnTraining(Settings):
 def split_training(training: Mapping[str, Any] | None) -> tuple[OwnTraining, dict[str, Any]]:
     """Separate our fields from those of ``TrainingArguments``, all of the type declared there.
 
-    Numbers written as text become numbers: YAML reads ``5e-5``, without a point, as text.
+    ``bf16`` may be ``"auto"`` as well: bfloat16 where the processor computes with it. Numbers
+    written as text become numbers: YAML reads ``5e-5``, without a point, as text.
 
     Raises:
         AnalogError: A name is neither's, or a value is not of its type.
@@ -285,4 +286,5 @@ def _training_settings() -> type[OwnTraining]:
         for field in dataclasses.fields(TrainingArguments)
         if field.init and field.name != "output_dir"
     }
+    fields["bf16"] = (Literal[True, False, "auto"], None)
     return create_model("TrainingSettings", __base__=OwnTraining, **fields)

@@ -28,7 +28,7 @@ def exported(source, scheme, steps):
     fields = {
         "scheme": scheme,
         "data": {"tokens": 8192, "batch_size": 64},
-        "training": training | {"trainable": "analog", "bf16": True} if steps else None,
+        "training": training | {"trainable": "analog", "bf16": "auto"} if steps else None,
         "evaluation": {"blocks": 4, "length": 256, "seeds": 3},
     }
     return train_analog(model, fields, tokenizer=load_tokenizer(source))

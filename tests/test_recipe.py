@@ -180,6 +180,11 @@ def test_own_training_fields_are_separated_from_the_trainers():
     assert own.trainable == "all" and rest == {}
 
 
+@pytest.mark.parametrize("bf16", [True, False, "auto"])
+def test_bf16_may_be_left_to_the_processor(bf16):
+    assert split_training({"bf16": bf16})[1] == {"bf16": bf16}
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers():
     recipe = AnalogRecipe.parse({"training": {"learning_rate": "5e-5", "max_steps": "3"}})
     assert recipe.training == {"learning_rate": 5e-5, "max_steps": 3}

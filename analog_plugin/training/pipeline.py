@@ -155,6 +155,7 @@ def train_analog(
         "steps": run.steps,
         "skipped_steps": run.skipped_steps,
         "tokens": run.tokens,
+        "precision": run.precision,
         "dataset_tokens": rows.numel(),
         "sequence_length": rows.shape[1],
         "seed": recipe.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import tempfile
 import threading
@@ -21,6 +22,8 @@ from analog_plugin.recipe import AnalogRecipe, split_training
 from analog_plugin.training.stored import StoredTeacher
 from analog_plugin.training.trainer import AnalogTrainer
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainingRun:
@@ -29,12 +32,14 @@ class TrainingRun:
     Attributes:
         steps, skipped_steps: Optimizer steps, and those of them whose loss was not finite.
         tokens: Tokens trained on, a token counted each time.
+        precision: Type that the matrix products were computed in.
         history: The Trainer's log entries that hold a loss.
     """
 
     steps: int = 0
     skipped_steps: int = 0
     tokens: int = 0
+    precision: str = "float32"
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -59,6 +64,11 @@ def rehearse_training(model: Any, recipe: AnalogRecipe) -> None:
     ):
         try:
             args = _arguments(model, recipe, scratch)
+            if args.bf16 and not computes_bf16(next(model.parameters()).device):
+                logger.warning(
+                    "This processor has no bfloat16 arithmetic and emulates it, many times more "
+                    "slowly than float32; write bf16: auto for bfloat16 only where it is at home."
+                )
             # The first takes minutes, the others leave hooks where training stops halfway.
             args.torch_compile, args.neftune_noise_alpha, args.debug = False, None, []
             rows = [{"input_ids": tokens, "labels": tokens}] * args.train_batch_size
@@ -135,6 +145,7 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
         trainer.state.global_step,
         trainer.analog_callback.skipped_steps,
         trainer.state.num_input_tokens_seen,
+        _precision(model, args),
         [entry for entry in trainer.state.log_history if "loss" in entry],
     )
 
@@ -183,9 +194,25 @@ def _arguments(model: Any, recipe: AnalogRecipe, scratch: str) -> Any:
         "remove_unused_columns": False,
         "use_cpu": next(model.parameters()).device.type == "cpu",
     }
+    device = next(model.parameters()).device
+    if given.get("bf16") == "auto":
+        given["bf16"] = computes_bf16(device)
     # The record of the training tells the tokens.
     fixed = {"output_dir": scratch, "include_num_input_tokens_seen": "all"}
     return TrainingArguments(**(defaults | given | fixed))
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether products in bfloat16 run on ``device`` as such; elsewhere they are emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _precision(model: Any, args: Any) -> str:
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

@@ -251,6 +251,23 @@ def test_bf16_leaves_no_wrapper_around_forward(model, recipe, tokenizer):
     assert result.training["steps"] == 3
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_trains_in_bfloat16_only_where_the_processor_has_it(
+    supported, model, recipe, monkeypatch, caplog
+):
+    monkeypatch.setattr("analog_plugin.training.run.computes_bf16", lambda device: supported)
+    result = train_analog(model, recipe(evaluation=None, training={"bf16": "auto"}))
+    assert result.training["precision"] == ("bfloat16" if supported else "float32")
+    assert not caplog.records
+
+
+def test_emulated_bfloat16_is_warned_of(model, recipe, monkeypatch, caplog):
+    monkeypatch.setattr("analog_plugin.training.run.computes_bf16", lambda device: False)
+    result = train_analog(model, recipe(evaluation=None, training={"bf16": True}))
+    assert "write bf16: auto" in caplog.text
+    assert result.training["precision"] == "bfloat16"
+
+
 def test_a_bf16_model_keeps_its_type_and_fp32_ranges(model, recipe, tokenizer):
     train_analog(model.bfloat16(), recipe(), tokenizer=tokenizer)
     for name, parameter in model.named_parameters():
