@@ -72,6 +72,21 @@ def in_vllm(engine, engine_variables, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def computes():
+    """Skips a test where this processor lacks what vLLM needs to compute a profile rightly."""
+    has = torch.cpu.get_capabilities()
+    x86 = has["architecture"] == "x86_64"
+
+    def check(profile):
+        if x86 and profile == "w8a8" and not (has["avx512_vnni"] or has["avx_vnni"]):
+            pytest.skip("without VNNI the int8 products of oneDNN saturate at 16 bits")
+        if x86 and profile == "w4a8o8" and not has["avx512_f"]:
+            pytest.skip("without AVX-512 vLLM has no 4-bit kernel, and fails where it wants one")
+
+    return check
+
+
 @pytest.fixture
 def sizes():
     """Of a model that vLLM serves."""

@@ -62,8 +62,9 @@ def same_in_float32(steps):
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_vllm_agrees_with_transformers(case, served, steps):
+def test_vllm_agrees_with_transformers(case, served, steps, computes):
     _, profile, dtype = case
+    computes(profile)
     directory, made = served[case]
     assert "error" not in made
     assert set(map(tuple, made["layers"].values())) == {KERNELS[profile]}
@@ -80,7 +81,7 @@ def test_vllm_agrees_with_transformers(case, served, steps):
 
 
 def test_wrong_scales_are_noticed(checkpoint, in_vllm, steps, tmp_path):
-    directory = checkpoint("llama", "w8a8")
+    directory = checkpoint("llama", "w4-in-w8")
     wrong = [tmp_path / part for part in ("input_scale", "weight_scale")]
     for path in wrong:
         shutil.copytree(directory, path)

@@ -26,5 +26,6 @@ def refused(checkpoint, in_vllm):
 
 
 @pytest.mark.parametrize("case", REFUSED, ids="-".join)
-def test_vllm_refuses(case, refused):
+def test_vllm_refuses(case, refused, computes):
+    computes(case[0])
     assert REFUSED[case] in refused[case]["error"]
