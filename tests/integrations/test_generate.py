@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from analog_integrations.optimum.generate import chosen_shards, count_of
 from analog_integrations.ray.work import make_shards_with_ray
 from analog_plugin import AnalogError
 from analog_plugin.data.shards import ShardRows, ShardStore
+from analog_plugin.pretrained import load_causal_lm
 from optimum.analog import main_generate
 
 CLI = Path(sys.executable).with_name("optimum-cli")
@@ -102,10 +104,6 @@ def test_documents_that_end_are_packed(tmp_path):
     assert stream.count(1) > len(rows)
 
 
-def away():
-    raise AnalogError("the model is away")
-
-
 @pytest.mark.slow
 def test_ray_workers_make_the_shards_of_one_process(model_directory, tmp_path):
     ray = pytest.importorskip("ray")
@@ -121,9 +119,9 @@ def test_ray_workers_make_the_shards_of_one_process(model_directory, tmp_path):
         with pytest.raises(AnalogError, match="numbered from 0 to 4"):
             main_generate(str(model_directory), path, backend="ray", shard=7, **SMALL)
         store = ShardStore(path)
-        with pytest.raises(AnalogError, match="the model is away"):
-            store.path_of(2).unlink()
-            make_shards_with_ray(store, away)
+        store.path_of(2).unlink()
+        with pytest.raises(AnalogError, match="model /nowhere is neither a local model directory"):
+            make_shards_with_ray(store, partial(load_causal_lm, "/nowhere"))
     finally:
         torch.set_num_threads(torch_threads)
         ray.shutdown()

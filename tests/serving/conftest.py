@@ -72,7 +72,7 @@ def in_vllm(engine, engine_variables, tmp_path_factory):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sizes():
     """Of a model that vLLM serves."""
     return SIZES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ class VllmSampler:
 
     Raises:
         MissingExtra: vLLM is not installed.
-        AnalogError: It does not serve the model.
+        AnalogError: It does not serve the model, or not at these settings.
     """
 
     def __init__(self, directory: Path, request: ShardRequest) -> None:
         self.request, self._vllm = request, _vllm()
         try:
-            self._engine = self._vllm.LLM(
+            self._settings(0)  # what it does not sample at
+            self._engine: Any = self._vllm.LLM(
                 str(directory),
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # the model's own settings would bias the samples
@@ -42,7 +44,7 @@ class VllmSampler:
         # What the engine cannot serve it refuses with whatever error it comes to.
         except Exception as error:
             raise AnalogError(
-                f"vLLM does not serve the model {request.model}: {one_line(error)}; write "
+                f"vLLM does not sample from the model {request.model} so: {one_line(error)}; write "
                 "--backend transformers."
             ) from error
         place = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +62,7 @@ class VllmSampler:
             settings = [self._settings(derived(seed, f"row {number + i}")) for i in range(count)]
             number += count
             prompts = [{"prompt_token_ids": [asked.bos_token_id]}] * count
-            for made in self._engine.generate(prompts, settings):
+            for made in self._engine.generate(prompts, settings, use_tqdm=False):
                 row = torch.tensor([asked.bos_token_id, *made.outputs[0].token_ids])
                 documents.append(until_end(row, stops))
                 have += len(documents[-1])
@@ -81,6 +83,8 @@ class VllmSampler:
 
 
 def _vllm() -> Any:
+    # With an engine in a process of its own, which rows meet in a batch is a matter of timing.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         return importlib.import_module("vllm")
     except ImportError as error:
