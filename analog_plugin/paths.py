@@ -1,8 +1,9 @@
-"""Directories: the user's cache, and writing a directory whole or not at all."""
+"""Directories: the user's cache, and writing a directory or a file whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import uuid
@@ -84,6 +85,34 @@ def atomic_directory(directory: str | Path, overwrite: bool = False) -> Iterator
         raise
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path, keep: bool = False) -> Iterator[Path]:
+    """Write a temporary sibling; it is on disk before it takes the name ``path``.
+
+    Args:
+        path: The file.
+        keep: Whether a file that is there stays.
+    """
+    partial = path.with_name(f".{path.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
+    try:
+        yield partial
+        _sync_file(partial)
+        if keep:
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, path)
+        else:
+            partial.replace(path)
+        _sync_names(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def drop_partial(path: Path) -> None:
+    """Remove what a crash left of writing ``path``; nobody may be writing it."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
+        partial.unlink(missing_ok=True)
+
+
 def _resolve(directory: str | Path) -> Path:
     """Absolute and without links: a link would be renamed instead of what it leads to."""
     try:
@@ -118,5 +147,19 @@ def _sync(directory: Path) -> None:
     """Have the files on disk before the rename that makes them visible."""
     for path in directory.rglob("*"):
         if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+            _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _sync_names(directory: Path) -> None:
+    """Have on disk which names are in a directory, where the system offers that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

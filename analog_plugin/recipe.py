@@ -24,7 +24,8 @@ class DataSettings(Settings):
 
     Args:
         source: ``"self"``: sampled from the model; otherwise a file, directory or hub id as
-            :func:`~analog_plugin.data.load_tokens` reads.
+            :func:`~analog_plugin.data.load_tokens` reads, or a directory of
+            :mod:`~analog_plugin.data.shards`.
         tokens: How many.
         sequence_length: Tokens of a sequence.
         bos_token_id, temperature, top_k, ignore_eos, batch_size, seed: Of the sampling, see

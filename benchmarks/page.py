@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import generate
 import linear
 import loss
 import matplotlib
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
 
-BENCHMARKS = {"linear": linear, "loss": loss, "step": step, "noise": noise}
+BENCHMARKS = {"linear": linear, "loss": loss, "step": step, "noise": noise, "generate": generate}
 #: Told apart with any colour vision (Okabe and Ito's palette).
 COLOURS = {
     step.DISTILLATION: "#999999", peers.OURS: "#0072b2", peers.LIGHTNING: "#d55e00",

@@ -27,15 +27,23 @@ import torch
 
 
 class Worker:
-    """vLLM with one directory, in a process of its own environment."""
+    """vLLM with one directory, in a process of its own environment.
 
-    def __init__(self, python: Path, **job: Any) -> None:
+    Args:
+        python: Of that environment.
+        script: Beside this file: what the process runs.
+        path: Where else it finds modules.
+        **job: For the script.
+    """
+
+    def __init__(
+        self, python: Path, script: str = "serve_worker.py", path: str = "", **job: Any
+    ) -> None:
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        script = Path(__file__).with_name("serve_worker.py")
         self._process = subprocess.Popen(
-            [python, script, json.dumps(job)],
+            [python, Path(__file__).with_name(script), json.dumps(job)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=kept | {"VLLM_NO_USAGE_STATS": "1"},
+            env=kept | {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": path},
         )  # fmt: skip
         self.about = self._answer()
 

@@ -22,9 +22,10 @@ from tiny_models import tiny, token_ids, word_tokenizer
 
 from analog_integrations.llmcompressor import read_recipe
 from analog_integrations.optimum.cli import AnalogExportCommand
+from analog_integrations.optimum.cli_generate import AnalogGenerateCommand
 from analog_plugin import recipe as recipes
 from analog_plugin.plugins import builtin
-from optimum.analog import main_export
+from optimum.analog import main_export, main_generate
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,6 +66,10 @@ def shelf(tmp_path_factory):
     checkpoint = shelf / "demo-out"
     main_export(str(model), checkpoint, shelf / "recipe.yaml", dataset=token_ids(8, 16))
     (shelf / "smollm2-analog").symlink_to(checkpoint)
+    main_generate(
+        str(model), shelf / "tokens", tokens="10k", sequence_length=128, shards=4, merge=True,
+        validation=0.25,
+    )  # fmt: skip
     return shelf
 
 
@@ -116,6 +121,14 @@ def test_commands_have_the_arguments_that_documents_and_help_give_them():
     for command in commands:
         given = parser().parse_args(shlex.split(command, comments=True)[3:])
         assert (ROOT / given.recipe).is_file(), command
+    generate = argparse.ArgumentParser(exit_on_error=False)
+    AnalogGenerateCommand.parse_args(generate)
+    joined += generate.epilog.replace("\\\n", " ")
+    start = "optimum-cli analog generate "
+    commands = [line.strip() for line in joined.splitlines() if line.strip().startswith(start)]
+    assert len(commands) >= 5
+    for command in commands:
+        generate.parse_args(shlex.split(command, comments=True)[3:])
 
 
 def test_every_setting_and_name_is_described():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from analog_plugin.checkpoint.card import model_card
 from analog_plugin.checkpoint.layout import CARD_FILE, RECIPE_FILE, TRAINING_FILE, write_manifest
+from analog_plugin.data.shards.rows import is_shards
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import analog_layers, forward_state, model_scheme
 from analog_plugin.layers.prefix import installed_prefix
@@ -165,6 +166,9 @@ def _write_record(target: Path, result: Any) -> None:
 
     (target / RECIPE_FILE).parent.mkdir(exist_ok=True)
     fields = result.recipe.model_dump(mode="json")
+    data = result.recipe.data
+    if is_shards(data.source):  # they say themselves what the recipe left open
+        fields["data"] = data.model_dump(mode="json", exclude_unset=True)
     stage = {"analog_stage": {"analog_modifiers": {"AnalogModifier": fields}}}
     (target / RECIPE_FILE).write_text(yaml.safe_dump(stage, sort_keys=False))
     record = dict(result.training)

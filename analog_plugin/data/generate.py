@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from analog_plugin.data.limits import check_sequence_length, check_token_ids
-from analog_plugin.data.pack import pack_documents
+from analog_plugin.data.sampling import Sampling, first_token, sample_rows
 from analog_plugin.errors import AnalogError
-from analog_plugin.modes import evaluation_mode
 from analog_plugin.paths import atomic_directory, cache_directory, check_output
-from analog_plugin.progress import progress_counter
 
 _FORMAT = 1
 
@@ -63,7 +59,10 @@ def generate_dataset(
             the cache cannot be written.
     """
     config = model.config
-    start = _first_token(model) if bos_token_id is None else bos_token_id
+    start = bos_token_id
+    if start is None:
+        configs = (getattr(model, "generation_config", None), config)
+        start = first_token(type(model).__name__, *configs)
     check_token_ids(model, torch.tensor([start]), "bos_token_id")
     check_sequence_length(model, sequence_length)
     if tokens < sequence_length:
@@ -92,90 +91,17 @@ def generate_dataset(
         if (found := _read(directory, request)) is not None:
             return found
         check_output(directory, overwrite=True)
-    rows = _sample(model, request)
+    rows = sample_rows(model, _sampling(request), math.ceil(tokens / sequence_length), seed)
     if directory is not None:
         _write(directory, request, rows)
     return rows
 
 
-@torch.no_grad()
-def _sample(model: Any, request: dict[str, Any]) -> Tensor:
-    length, size = request["sequence_length"], request["batch_size"]
-    rows_wanted = math.ceil(request["tokens"] / length)
+def _sampling(request: dict[str, Any]) -> Sampling:
     eos = request["eos_token_id"]
-    stops = set(eos if isinstance(eos, list) else [eos]) - {None}
-    device = next(model.parameters()).device
-    documents: list[Tensor] = []
-    have = 0
-    devices = [device] if device.type == "cuda" else []
-    with (
-        evaluation_mode(model),
-        own_generation_config(model),
-        torch.random.fork_rng(devices),
-        progress_counter(
-            desc="Sampling training tokens", total=rows_wanted * length, unit="tok"
-        ) as bar,
-    ):
-        torch.manual_seed(request["seed"])
-        while have < rows_wanted * length:
-            count = min(size, math.ceil((rows_wanted * length - have) / length))
-            prompt = torch.full((count, 1), request["bos_token_id"], device=device)
-            made = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=request["temperature"],
-                top_k=request["top_k"] or 0,
-                top_p=1.0,
-                min_new_tokens=length - 1 if not stops else None,
-                max_new_tokens=length - 1,
-                max_length=None,
-                eos_token_id=eos if stops else None,
-                pad_token_id=0,
-                repetition_penalty=1.0,
-                use_cache=True,
-            ).cpu()
-            for row in made:
-                document = _until(row, stops)
-                documents.append(document)
-                have += len(document)
-                bar.update(len(document))
-    return pack_documents(documents, length)[:rows_wanted]
-
-
-@contextlib.contextmanager
-def own_generation_config(model: Any) -> Iterator[None]:
-    """Within this context only the arguments of ``generate`` count.
-
-    What a model brings (beams, penalties, suppressed tokens, a time limit) would bias the samples.
-    """
-    kept = model.generation_config
-    model.generation_config = type(kept)()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
-def _until(row: Tensor, stops: set[int]) -> Tensor:
-    """The row up to and with its first end-of-sequence token after the start."""
-    if not stops:
-        return row
-    ends = [i for i, token in enumerate(row.tolist()) if i > 0 and token in stops]
-    return row[: ends[0] + 1] if ends else row
-
-
-def _first_token(model: nn.Module) -> int:
-    for source in (getattr(model, "generation_config", None), model.config):
-        start = getattr(source, "bos_token_id", None)
-        if isinstance(start, list):
-            start = start[0] if start else None
-        if start is not None:
-            return int(start)
-    raise AnalogError(
-        f"{type(model).__name__} names no beginning-of-sequence token to sample from; write "
-        "data: {bos_token_id: N} or give a dataset."
-    )
+    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    names = ("sequence_length", "bos_token_id", "temperature", "top_k", "batch_size")
+    return Sampling(eos_token_ids=tuple(stops), **{name: request[name] for name in names})
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from analog_plugin.data.generate import own_generation_config
+from analog_plugin.data.sampling import own_generation_config
 from analog_plugin.errors import AnalogError
 from analog_plugin.evaluation.noise import named_cells, programmed
 from analog_plugin.evaluation.problems import Problem, extract_number

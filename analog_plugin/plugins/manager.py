@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pluggy
 
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, shown
 from analog_plugin.plugins import hookspecs
 from analog_plugin.plugins.types import (
     Evaluator,
@@ -112,7 +112,7 @@ def lookup(known: Mapping[str, T], name: str, kind: str) -> T:
         return known[name]
     close = difflib.get_close_matches(str(name), list(known), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise UnknownName(f"There is no {kind} {name!r}; {hint}known: {', '.join(sorted(known))}.")
+    raise UnknownName(f"There is no {kind} {shown(name)}; {hint}known: {', '.join(sorted(known))}.")
 
 
 def _register(manager: pluggy.PluginManager, plugin: Any, name: str, source: str) -> None:

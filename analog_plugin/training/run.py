@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
+from analog_plugin.data.shards.rows import TokenRows
 from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.layers import analog_layers, forward_state
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.recipe import AnalogRecipe, split_training
 from analog_plugin.training.stored import StoredTeacher
+from analog_plugin.training.tokens import TrainingTokens
 from analog_plugin.training.trainer import AnalogTrainer
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class _StopBeforeStep(TrainerCallback):
         raise _Rehearsed
 
 
-def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -> TrainingRun:
+def run_training(model: Any, teacher: Any, rows: TokenRows, recipe: AnalogRecipe) -> TrainingRun:
     """Train the analog ``model`` on ``rows``; all but its weights is afterwards as before.
 
     Args:
@@ -125,7 +126,7 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
             args=args,
             train_dataset=teacher.dataset(rows)
             if isinstance(teacher, StoredTeacher)
-            else [{"input_ids": row} for row in rows],
+            else TrainingTokens(rows),
             noise_seed=recipe.seed,
             range_learning_rate=own.range_learning_rate,
             noise_per=own.noise_per,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from analog_plugin.data.generate import fingerprint
+from analog_plugin.data.shards.rows import TokenRows
 from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.files import read_json, sha256_of
 from analog_plugin.layers.prefix import installed_prefix
@@ -34,6 +35,8 @@ FIELDS = {
 }
 #: Positions whose logits exist at the same time.
 _POSITIONS = 1024
+#: Rows in memory at the same time, where they come from shards.
+_ROWS = 256
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -63,7 +66,7 @@ class _Manifest(BaseModel):
 @torch.no_grad()
 def store_teacher(
     teacher: Any,
-    rows: Tensor,
+    rows: TokenRows,
     output: str | Path,
     *,
     top_k: int = 64,
@@ -107,7 +110,7 @@ def store_teacher(
     vocabulary = 0
     bar = progress_counter(desc="Computing the teacher", total=rows.numel(), unit="tok")
     with evaluation_mode(teacher), atomic_directory(output, overwrite) as target, bar as progress:
-        for number, part in enumerate(rows.split(rows_per_file)):
+        for number, part in enumerate(_pieces(rows, rows_per_file)):
             made = []
             for batch in part.split(batch_size):
                 hidden = states(None, input_ids=batch.to(device)).flatten(0, 1)
@@ -278,7 +281,7 @@ class StoredTeacher:
             "anew with optimum-cli analog teacher."
         )
 
-    def dataset(self, rows: Tensor) -> Dataset:
+    def dataset(self, rows: TokenRows) -> Dataset:
         """Training rows [rows, length] without padding, each with what is stored for it.
 
         Raises:
@@ -290,7 +293,7 @@ class StoredTeacher:
 
 
 class _Rows(Dataset):
-    def __init__(self, teacher: StoredTeacher, rows: Tensor) -> None:
+    def __init__(self, teacher: StoredTeacher, rows: TokenRows) -> None:
         self.teacher, self.rows = teacher, rows
 
     def __len__(self) -> int:
@@ -315,9 +318,16 @@ def taken(inputs: dict[str, Any]) -> TopTokens:
     return TopTokens(tokens.long(), log_probabilities, log_rest)
 
 
-def _digest(rows: Tensor) -> str:
-    whole = rows.cpu().to(torch.int64).contiguous()
-    return hashlib.sha256(f"{tuple(whole.shape)}".encode() + whole.numpy().tobytes()).hexdigest()
+def _digest(rows: TokenRows) -> str:
+    digest = hashlib.sha256(f"{tuple(rows.shape)}".encode())
+    for part in _pieces(rows, _ROWS):
+        digest.update(part.cpu().to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pieces(rows: TokenRows, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _prefix(teacher: Any) -> list[int]:

@@ -15,6 +15,7 @@ TINY = {
     "loss": "--dtypes bfloat16 --tokens 16 --vocabulary 64 --hidden 16 --repeats 2",
     "step": "--model tiny --rows 2 --length 8 --repeats 2",
     "noise": "--model tiny --repeats 2",
+    "generate": "--model tiny --rows 2 --length 4 --repeats 2",
 }
 PEERS = {
     "linear": {
@@ -28,6 +29,7 @@ PEERS = {
     },
     "loss": {"whole logits", "analog-plugin", "liger-kernel"},
     "step": {"fine-tuning", "distillation", "analog-plugin", "aihwkit-lightning"},
+    "generate": {"model.generate", "analog-plugin"},
     "noise": {"weight + sigma * randn", "analog-plugin", "aihwkit"},
 }
 

@@ -87,7 +87,7 @@ def computes():
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sizes():
     """Of a model that vLLM serves."""
     return SIZES

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from analog_integrations.optimum.ablate import main_ablate
     from analog_integrations.optimum.evaluate import main_evaluate
     from analog_integrations.optimum.export import main_export
+    from analog_integrations.optimum.generate import main_generate
     from analog_integrations.optimum.inspect import main_inspect
     from analog_integrations.optimum.modeling import AnalogModelForCausalLM
     from analog_integrations.optimum.profile import main_profile
@@ -20,6 +21,7 @@ __all__ = [
     "main_ablate",
     "main_evaluate",
     "main_export",
+    "main_generate",
     "main_inspect",
     "main_profile",
     "main_teacher",
@@ -31,6 +33,7 @@ _MODULES = {
     "main_ablate": "ablate",
     "main_evaluate": "evaluate",
     "main_export": "export",
+    "main_generate": "generate",
     "main_profile": "profile",
     "main_inspect": "inspect",
     "main_teacher": "teacher",

@@ -14,6 +14,7 @@ from analog_integrations.optimum.arguments import (
     split,
 )
 from analog_integrations.optimum.cli_checkpoint import AnalogInspectCommand, AnalogProfileCommand
+from analog_integrations.optimum.cli_generate import AnalogGenerateCommand
 from analog_integrations.optimum.cli_training import AnalogAblateCommand, AnalogTeacherCommand
 
 _EVALUATE = """\
@@ -225,6 +226,11 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="profile",
             help="Derive digital checkpoints from an analog one.",
             subcommand_class=AnalogProfileCommand,
+        ),
+        CommandInfo(
+            name="generate",
+            help="Sample training tokens into shards.",
+            subcommand_class=AnalogGenerateCommand,
         ),
         CommandInfo(
             name="teacher",

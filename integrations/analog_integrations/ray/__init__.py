@@ -1,0 +1,1 @@
+"""Ray: shards of training tokens made by many workers."""

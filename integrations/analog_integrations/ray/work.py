@@ -1,0 +1,81 @@
+"""Shards made by Ray Data's workers, each with a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from analog_plugin.data.shards.store import ShardStore
+from analog_plugin.data.shards.work import Sampler, ShardWork, make_shards
+from analog_plugin.errors import AnalogError, one_line, require
+
+
+class _Worker:
+    """One process: it loads the model with its first shard that is to be made."""
+
+    def __init__(self, directory: Path, sampler: Callable[[], Sampler]) -> None:
+        self._store, self._load = ShardStore(directory), sampler
+        self._sampler: Sampler | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        work = make_shards(self._store, self._sampler_once, map(int, batch["shard"]))
+        return {"shard": batch["shard"], "made": [s in work.made for s in batch["shard"]]}
+
+    def _sampler_once(self) -> Sampler:
+        if self._sampler is None:
+            self._sampler = self._load()
+        return self._sampler
+
+
+def make_shards_with_ray(
+    store: ShardStore,
+    sampler: Callable[[], Sampler],
+    shards: Sequence[int] | None = None,
+    *,
+    workers: int = 1,
+    gpus: float = 0,
+) -> ShardWork:
+    """As :func:`~analog_plugin.data.shards.make_shards`, in ``workers`` processes.
+
+    The directory must be the same for all of them. A Ray cluster is joined where
+    ``RAY_ADDRESS`` names one; otherwise the workers run here.
+
+    Args:
+        store, sampler, shards: See there; ``sampler`` is called in each worker.
+        workers: How many.
+        gpus: GPUs that each takes.
+
+    Raises:
+        MissingExtra: Ray is not installed.
+        AnalogError: A shard cannot be made.
+    """
+    ray, data = require("ray", "ray"), require("ray.data", "ray")
+    chosen = store.chosen(shards)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
+    parts = data.from_items([{"shard": shard} for shard in chosen], override_num_blocks=len(chosen))
+    try:
+        done = parts.map_batches(
+            _Worker,
+            fn_constructor_args=(store.directory.resolve(), sampler),
+            batch_size=1,
+            compute=data.ActorPoolStrategy(size=workers),
+            num_gpus=gpus or None,
+        ).take_all()
+    except ray.exceptions.RayError as error:
+        raise AnalogError(_sentence(error)) from error
+    work = ShardWork()
+    for row in sorted(done, key=lambda row: row["shard"]):
+        (work.made if row["made"] else work.kept).append(int(row["shard"]))
+    return work
+
+
+def _sentence(error: BaseException) -> str:
+    """What the worker said, where it was one of our sentences."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, AnalogError):
+            return str(cause)
+        cause = cause.__cause__ or getattr(cause, "cause", None)
+    return f"A worker of Ray failed: {one_line(error)}"

@@ -1,0 +1,1 @@
+"""vLLM: training tokens from its offline engine."""
