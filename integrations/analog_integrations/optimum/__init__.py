@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from analog_integrations.optimum.profile import main_profile
     from analog_integrations.optimum.scaling import main_test_time
     from analog_integrations.optimum.teacher import main_teacher
+    from analog_integrations.optimum.to_aihwkit import main_to_aihwkit
 
 __all__ = [
     "AnalogModelForCausalLM",
@@ -24,6 +25,7 @@ __all__ = [
     "main_profile",
     "main_teacher",
     "main_test_time",
+    "main_to_aihwkit",
 ]
 
 _MODULES = {
@@ -35,6 +37,7 @@ _MODULES = {
     "main_inspect": "inspect",
     "main_teacher": "teacher",
     "main_test_time": "scaling",
+    "main_to_aihwkit": "to_aihwkit",
 }
 
 
