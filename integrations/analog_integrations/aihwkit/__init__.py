@@ -25,7 +25,8 @@ def __getattr__(name: str) -> object:
     # The hooks of this package are read at every start, with or without aihwkit.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from analog_plugin.errors import require
+    from analog_plugin.errors import require, torchvision_explained
 
     require("aihwkit", "aihwkit")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    with torchvision_explained():
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -61,12 +61,11 @@ def to_aihwkit(
     noise_model = noise_model_of(noise_model)
     compensation = _compensation(drift_compensation)
     if isinstance(model, nn.Module):
-        layers = _checked(model)
-        model = copy.deepcopy(model)
+        layers, plain = _checked(model), copy.deepcopy(model)
     else:
-        model = load_checkpoint(model, dtype=torch.float32)
-        layers = _checked(model)
-    plain = to_digital(model).float()
+        plain = load_checkpoint(model, dtype=torch.float32)
+        layers = _checked(plain)
+    plain = to_digital(plain).float()
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         config = rpu_config(layer.scheme, noise_model, compensation, tiles)

@@ -44,5 +44,8 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     # optimum-cli imports this package at every start, so nothing heavy is imported above.
     if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        from analog_plugin.errors import torchvision_explained
+
+        with torchvision_explained():
+            return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
