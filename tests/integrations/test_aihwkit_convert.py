@@ -1,6 +1,7 @@
 """Models on aihwkit's tiles and back: aihwkit computes, layer by layer, what ours compute."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,6 +220,23 @@ def test_a_directory_converts_without_the_original(make_analog, tmp_path):
     with torch.no_grad():
         found = to_aihwkit(tmp_path / "out")(tokens).logits
         assert torch.equal(found, to_aihwkit(model)(tokens).logits)
+
+
+def test_the_document_s_reader_without_this_package_computes_the_same(
+    make_analog, tmp_path, monkeypatch
+):
+    model = make_analog("llama")
+    save_checkpoint(model, tmp_path / "demo-out")
+    text = (Path(__file__).parents[2] / "docs" / "aihwkit.md").read_text(encoding="utf-8")
+    block = text.partition("## Without this package")[2].partition("```python\n")[2]
+    code = block.partition("```")[0]
+    assert "analog_integrations" not in code and "analog_plugin" not in code
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    with torch.no_grad():
+        expected = to_aihwkit(model)(token_ids()).logits
+        assert torch.equal(names["model"](token_ids()).logits, expected)
 
 
 def test_the_converted_model_generates(make_analog):

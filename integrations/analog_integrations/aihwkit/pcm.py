@@ -39,7 +39,7 @@ class PCMNoiseModel(BaseNoiseModel):
         0
         >>> weights, _ = PCMNoiseModel().apply_programming_noise(torch.linspace(-1, 1, 10_000))
         >>> round(float((weights - torch.linspace(-1, 1, 10_000)).std()), 3)
-        0.057
+        0.054
     """
 
     def __init__(
