@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import reprlib
 import sys
 import textwrap
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -18,6 +21,10 @@ class AnalogError(ValueError):
 
 class MissingExtra(AnalogError, ImportError):
     """An optional dependency is not installed."""
+
+
+class BrokenTorchvision(AnalogError, ImportError):
+    """The installed torchvision does not import, and transformers fails with it."""
 
 
 _SHORT = reprlib.Repr()
@@ -67,3 +74,38 @@ def missing_message(module: str, extra: str) -> str:
     bare = _WITHOUT_DEPENDENCIES.get(package)
     line = f"pip install --no-deps {bare}" if bare else f'pip install "analog-plugin[{extra}]"'
     return f"This needs {package}, which is not installed (or does not import); run: {line}"
+
+
+@contextlib.contextmanager
+def torchvision_explained() -> Iterator[None]:
+    """Within this context, what fails because of the installed torchvision says so.
+
+    transformers imports torchvision wherever it is. One built for another torch, as ``pip install
+    aihwkit`` brings beside a CPU build, fails to import, and with it every model.
+
+    Raises:
+        BrokenTorchvision: Something failed, and torchvision is there but does not import.
+    """
+    try:
+        yield
+    except Exception as error:
+        fault = _torchvision_fault()
+        if fault is None or isinstance(error, BrokenTorchvision):
+            raise
+        raise BrokenTorchvision(fault) from error
+
+
+def _torchvision_fault() -> str | None:
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    # An operator that torch does not know is a RuntimeError, a library that does not load an
+    # OSError.
+    except Exception as error:
+        return (
+            "torchvision is installed but does not import beside this torch, and transformers "
+            f"cannot load models with it: {one_line(error)}; run: pip uninstall torchvision "
+            "(aihwkit brings it along; pip install --no-deps aihwkit==1.1.0 does not)."
+        )
+    return None

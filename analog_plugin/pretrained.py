@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.errors import AnalogError, one_line, shown, torchvision_explained
 from analog_plugin.files import read_json
 
 #: Of these transformers makes lists as it reads a configuration.
@@ -18,6 +18,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_labels
 _MOST = 10_000
 
 
+@torchvision_explained()
 def read_model_config(source: str | Path, name: str | None = None) -> Any:
     """Read the transformers configuration of a causal language model.
 
@@ -73,6 +74,7 @@ def absurd_fault(values: Mapping[str, Any]) -> str | None:
     return None
 
 
+@torchvision_explained()
 def load_causal_lm(
     source: str | Path, *, name: str | None = None, config: Any = None, **options: Any
 ) -> Any:
@@ -107,6 +109,7 @@ def load_causal_lm(
     return model
 
 
+@torchvision_explained()
 def load_tokenizer(source: str | Path, name: str | None = None) -> Any | None:
     """Load the tokenizer beside a model; None where there is none.
 

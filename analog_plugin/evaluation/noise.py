@@ -141,12 +141,7 @@ def noise_cells(
     Raises:
         AnalogError: A noise model is unknown, or there is no seed.
     """
-    if isinstance(seeds, int):
-        if seeds < 1 or isinstance(seeds, bool):
-            raise AnalogError(f"seeds is {seeds}, but must be at least 1; write seeds: 10.")
-        seeds = range(seeds)
-    if not seeds:
-        raise AnalogError("seeds is an empty list; give at least one seed, or their number.")
+    seeds = check_seeds(seeds)
     cells = [
         CellRequest(noise_label(item), model, seed)
         for item in noise
@@ -155,6 +150,21 @@ def noise_cells(
     ]
     # One that is named twice is no second chip.
     return list({(cell.label, cell.seed, id(cell.noise)): cell for cell in cells}.values())
+
+
+def check_seeds(seeds: int | Sequence[int]) -> Sequence[int]:
+    """The seeds that their number, or a list of them, stands for.
+
+    Raises:
+        AnalogError: There is none.
+    """
+    if isinstance(seeds, int):
+        if seeds < 1 or isinstance(seeds, bool):
+            raise AnalogError(f"seeds is {seeds}, but must be at least 1; write seeds: 10.")
+        return range(seeds)
+    if not seeds:
+        raise AnalogError("seeds is an empty list; give at least one seed, or their number.")
+    return seeds
 
 
 def _draws(noise: Any) -> bool:

@@ -43,7 +43,11 @@ class PCMNoise:
         """σ of programmed values with targets in [0, 1], both relative to full scale; fp32."""
         g = target.float() * _FULL_SCALE
         sigma = torch.where(g <= _KNEE, _cubic(g, _LOW), _cubic(g, _HIGH))
-        return torch.where(g < _SMALLEST, 0.0, sigma) * (self.scale / _FULL_SCALE)
+        return torch.where(self.is_left_out(target), 0.0, sigma) * (self.scale / _FULL_SCALE)
+
+    def is_left_out(self, target: Tensor) -> Tensor:
+        """Whether targets in [0, 1], relative to full scale, are so small that they become 0."""
+        return target.float() * _FULL_SCALE < _SMALLEST
 
     def program(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy copy of one tile's weights [columns, rows], in fp32; zero columns stay zero."""
@@ -53,7 +57,7 @@ class PCMNoise:
         target = exact.abs() * unit
         error = torch.empty_like(exact, memory_format=torch.contiguous_format)
         error.normal_(generator=generator).mul_(self.standard_deviation(target)).mul_(peak)
-        return torch.where(target * _FULL_SCALE < _SMALLEST, 0.0, exact + error)
+        return torch.where(self.is_left_out(target), 0.0, exact + error)
 
 
 def _cubic(g: Tensor, coefficients: tuple[float, ...]) -> Tensor:

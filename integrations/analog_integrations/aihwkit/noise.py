@@ -49,11 +49,11 @@ class DeviceNoise:
             return Programmed(torch.zeros_like(weight, dtype=torch.float32))
         unit = torch.where(peak > 0, exact / peak, 0.0)
         seeds = torch.randint(2**62, (2,), generator=generator, device=generator.device).tolist()
-        with _seeded(seeds[0]):
+        with seeded(seeds[0]):
             made, drift = self.model.apply_programming_noise(unit)
         if self.time is None:
             return Programmed((made * peak).to(weight.device))
-        with _seeded(seeds[1]):
+        with seeded(seeds[1]):
             read = self.model.apply_drift_noise(made, drift, self.time)
         scale = 1.0
         if self.compensation:
@@ -170,7 +170,7 @@ def _scales(name: str, scale: float) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Aihwkit draws from torch's global generators: within this context they are at ``seed``."""
     with torch.random.fork_rng(range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using a non-tuple sequence")

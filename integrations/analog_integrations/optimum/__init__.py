@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from analog_integrations.optimum.profile import main_profile
     from analog_integrations.optimum.scaling import main_test_time
     from analog_integrations.optimum.teacher import main_teacher
+    from analog_integrations.optimum.to_aihwkit import main_to_aihwkit
 
 __all__ = [
     "AnalogModelForCausalLM",
@@ -26,6 +27,7 @@ __all__ = [
     "main_profile",
     "main_teacher",
     "main_test_time",
+    "main_to_aihwkit",
 ]
 
 _MODULES = {
@@ -38,11 +40,15 @@ _MODULES = {
     "main_inspect": "inspect",
     "main_teacher": "teacher",
     "main_test_time": "scaling",
+    "main_to_aihwkit": "to_aihwkit",
 }
 
 
 def __getattr__(name: str) -> object:
     # optimum-cli imports this package at every start, so nothing heavy is imported above.
     if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        from analog_plugin.errors import torchvision_explained
+
+        with torchvision_explained():
+            return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,10 +46,11 @@ def add_measurements(parser: argparse.ArgumentParser, kept: str) -> None:
 @contextlib.contextmanager
 def errors_are_sentences(interrupted: str) -> Iterator[None]:
     """A user's error becomes one sentence and exit status 1; Ctrl-C says ``interrupted``."""
-    from analog_plugin.errors import AnalogError
+    from analog_plugin.errors import AnalogError, torchvision_explained
 
     try:
-        yield
+        with torchvision_explained():
+            yield
     except AnalogError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from analog_integrations.optimum.arguments import (
     errors_are_sentences,
     split,
 )
+from analog_integrations.optimum.cli_aihwkit import AnalogToAihwkitCommand
 from analog_integrations.optimum.cli_checkpoint import AnalogInspectCommand, AnalogProfileCommand
 from analog_integrations.optimum.cli_generate import AnalogGenerateCommand
 from analog_integrations.optimum.cli_training import AnalogAblateCommand, AnalogTeacherCommand
@@ -241,5 +242,10 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="inspect",
             help="What a checkpoint holds and who can load it.",
             subcommand_class=AnalogInspectCommand,
+        ),
+        CommandInfo(
+            name="to-aihwkit",
+            help="Run an analog checkpoint on aihwkit's tiles, as time passes.",
+            subcommand_class=AnalogToAihwkitCommand,
         ),
     )

@@ -10,6 +10,7 @@ from analog_integrations.optimum import (
     main_profile,
     main_teacher,
     main_test_time,
+    main_to_aihwkit,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "main_profile",
     "main_teacher",
     "main_test_time",
+    "main_to_aihwkit",
 ]

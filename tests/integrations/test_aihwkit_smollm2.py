@@ -1,0 +1,69 @@
+"""A real trained model on aihwkit's tiles: a heavy run, for `make test-slow`."""
+
+import pytest
+import torch
+from adc_codes import count_flips
+
+from analog_integrations.aihwkit import evaluate_drift, to_aihwkit
+from analog_plugin import convert_to_analog, prepare_start
+from analog_plugin.data import evaluation_tokens
+from analog_plugin.demo import resolve_model
+from analog_plugin.evaluation import Reference
+from analog_plugin.evaluation.fidelity import fidelity
+from analog_plugin.layers import analog_layers
+from analog_plugin.noise import resolve_noise
+from analog_plugin.presets import AFM_PLUS
+from analog_plugin.pretrained import load_causal_lm, load_tokenizer
+
+pytestmark = pytest.mark.slow
+MODEL = "demo:smollm2-135m-instruct"
+TIMES = ("0s", "1h", "1d", "1y")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The digital original, the analog model at its best start, and tokens it has not seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANALOG_PLUGIN_CACHE", str(tmp_path_factory.mktemp("demo")))
+        source = resolve_model(MODEL)
+    rows = evaluation_tokens(load_tokenizer(source), 26, 128)
+    original = load_causal_lm(source, name=MODEL, dtype=torch.float32).eval()
+    model = load_causal_lm(source, name=MODEL, dtype=torch.float32).eval()
+    convert_to_analog(model, AFM_PLUS.replace(digital_share=0.0, range_init_batches=4))
+    batches = [{"input_ids": batch} for batch in rows[:16].split(4)]
+    prepare_start(model, batches, rows[16:24], resolve_noise("pcm"))
+    return original, model, rows[24:]
+
+
+def test_it_computes_the_same_layer_by_layer_and_as_a_whole(prepared):
+    _, model, tokens = prepared
+    converted = to_aihwkit(model, "hermes")
+    found = fidelity(converted, tokens, Reference.of(model, tokens))
+    assert found["kl"] <= 1e-3 and found["agreement"] > 0.98
+
+    flipped = total = 0
+
+    def compare(layer, args, y):
+        nonlocal flipped, total
+        z = converted.get_submodule(layer.name)(args[0])
+        count, outputs = count_flips(layer, y, z)
+        flipped, total = flipped + count, total + outputs
+
+    handles = [layer.register_forward_hook(compare) for _, layer in analog_layers(model)]
+    try:
+        with torch.no_grad():
+            model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert total > 10_000_000 and flipped < total / 1000
+
+
+def test_kl_grows_with_time(prepared):
+    original, model, tokens = prepared
+    report = evaluate_drift(
+        to_aihwkit(model, "hermes"), tokens, TIMES, 5, reference=Reference.of(original, tokens)
+    )
+    means = [report.mean(f"programmed@{time}", "kl") for time in TIMES]
+    assert report.mean("none", "kl") < means[0] and means == sorted(means)
+    assert means[-1] > 1.2 * means[0]
