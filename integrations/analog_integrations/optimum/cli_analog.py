@@ -14,6 +14,7 @@ from analog_integrations.optimum.arguments import (
     split,
 )
 from analog_integrations.optimum.cli_checkpoint import AnalogInspectCommand, AnalogProfileCommand
+from analog_integrations.optimum.cli_import import AnalogImportCommand
 from analog_integrations.optimum.cli_training import AnalogAblateCommand, AnalogTeacherCommand
 
 _EVALUATE = """\
@@ -225,6 +226,11 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="profile",
             help="Derive digital checkpoints from an analog one.",
             subcommand_class=AnalogProfileCommand,
+        ),
+        CommandInfo(
+            name="import",
+            help="Import a model trained with aihwkit-lightning.",
+            subcommand_class=AnalogImportCommand,
         ),
         CommandInfo(
             name="teacher",
