@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from analog_plugin import __version__
 from analog_plugin.errors import AnalogError, is_number, shown
 from analog_plugin.files import sha256_of
 from analog_plugin.layers import analog_layers, model_scheme
@@ -119,14 +119,19 @@ def write_conductances(model: Any, directory: Path, plan: ConductancePlan) -> No
             "bias": layer.bias is not None,
             "tiles": [tile for tile, _ in tiles],
         }
-    scheme, prefix = model_scheme(model), installed_prefix(model)
+    prefix = installed_prefix(model)
+    has_adc = any(layer.scheme.output_bits is not None for _, layer in analog_layers(model))
     written = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in ("analog-plugin", "numpy", "torch")},
+        "versions": {
+            "analog-plugin": __version__,
+            "numpy": np.__version__,
+            "torch": str(torch.__version__),
+        },
         "unit": "microsiemens",
         "g_max": plan.g_max,
-        "out_bound": None if scheme.output_bits is None else scheme.out_bound,
+        "out_bound": model_scheme(model).out_bound if has_adc else None,
         "digital_prefix": None if prefix is None else prefix.to_tensors()["prefix.tokens"].tolist(),
         "layers": layers,
     }

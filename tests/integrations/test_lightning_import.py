@@ -1,5 +1,6 @@
 """Models that aihwkit-lightning wrote become checkpoints of ours with the same forward."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from lightning_models import lightning_config, lightning_model, publish
 from tiny_models import token_ids, word_tokenizer
 from transformers import GenerationConfig
 
-from analog_integrations.lightning import import_lightning
+from analog_integrations.lightning import import_lightning, to_lightning
 from analog_plugin import AnalogError, evaluate_noise, inspect_checkpoint, load_checkpoint
 from analog_plugin.layers import analog_layers
 from optimum.analog import AnalogModelForCausalLM
@@ -391,12 +392,50 @@ def test_missing_and_doubled_files_are_one_sentence(altered, tmp_path):
     with pytest.raises(AnalogError, match="lacks pytorch_model-00002-of-00002"):
         import_lightning(altered, tmp_path / "ours")
     (altered / "rpu_config").unlink()
-    with pytest.raises(AnalogError, match="rpu_config cannot be read"):
+    with pytest.raises(AnalogError, match="has no rpu_config"):
         import_lightning(altered, tmp_path / "ours")
     with pytest.raises(AnalogError, match="There is no directory"):
         import_lightning(tmp_path / "nowhere", tmp_path / "ours")
     with pytest.raises(AnalogError, match="not empty"):
         import_lightning(altered, altered)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("output", [".", ".."], ids=["itself", "around it"])
+def test_the_model_is_never_replaced_by_what_is_made_of_it(output, altered, tmp_path):
+    with pytest.raises(AnalogError, match="is or holds the checkpoint itself"):
+        import_lightning(altered, altered / output, overwrite=True)
+    assert (altered / "pytorch_model.bin").is_file()
+    import_lightning(altered, tmp_path / "deeper" / "ours")
+    with pytest.raises(AnalogError, match="is or holds the checkpoint itself"):
+        to_lightning(tmp_path / "deeper" / "ours", tmp_path / "deeper", overwrite=True)
+    load_checkpoint(tmp_path / "deeper" / "ours")
+
+
+def test_other_faults_of_the_directory_are_one_sentence(altered, tmp_path):
+    with pytest.raises(AnalogError, match="dtype is 'float8', but must be one of float32"):
+        import_lightning(altered, tmp_path / "ours", dtype="float8")
+    with pytest.raises(AnalogError, match="adc_bound is 'loud', but must be one of clean, noisy"):
+        import_lightning(altered, tmp_path / "ours", adc_bound="loud")
+    config = json.loads((altered / "config.json").read_text())
+    quantized = config | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    for spoilt, message in (
+        (quantized, "says that the weights are quantized"),
+        (config | {"num_hidden_layers": 1}, "which the model of config.json does not have"),
+        (config | {"num_hidden_layers": 10**9}, "more than any model has"),
+        (config | {"model_type": "bert"}, "no causal language model"),
+        (config | {"auto_map": {"AutoConfig": "x.Y"}, "model_type": "x"}, "cannot be read"),
+    ):
+        (altered / "config.json").write_text(json.dumps(spoilt))
+        with pytest.raises(AnalogError, match=message):
+            import_lightning(altered, tmp_path / "ours")
+    (altered / "config.json").write_text(json.dumps(config))
+    (altered / "generation_config.json").write_text("{")
+    with pytest.raises(AnalogError, match=r"generation_config\.json cannot be read"):
+        import_lightning(altered, tmp_path / "ours")
+    (altered / "adapter_config.json").write_text("{}")
+    with pytest.raises(AnalogError, match="holds an adapter"):
+        import_lightning(altered, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 

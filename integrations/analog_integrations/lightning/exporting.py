@@ -24,6 +24,7 @@ from analog_plugin.checkpoint.save import save_checkpoint
 from analog_plugin.errors import AnalogError, require
 from analog_plugin.layers import AnalogLinear, analog_layers, model_scheme
 from analog_plugin.ops.weights import column_maximum, fake_quantize_columns
+from analog_plugin.paths import refuse_around
 from analog_plugin.pretrained import load_tokenizer
 
 #: Attributes of the model that analog layers have beside weight and bias.
@@ -92,6 +93,7 @@ def to_lightning(
         AnalogError: The model has what aihwkit-lightning cannot express, or that is not installed.
     """
     if isinstance(model, (str, Path)):
+        refuse_around(output, model)
         tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         loaded = load_checkpoint(model)
     else:
@@ -188,10 +190,10 @@ def _native(config: LightningConfig) -> Any:
     configs = require("aihwkit_lightning.simulator.configs", "lightning")
     made = configs.TorchInferenceRPUConfig()
     values = asdict(config)
-    for name, enum in ENUM_FIELDS.items():
-        values[name] = getattr(configs, enum)(values[name])
+    for name in ("clip_type", "noise_type", "quantization_type"):
+        values[name] = getattr(configs, ENUM_FIELDS[name])(values[name])
     made.clip.type, made.clip.sigma = values.pop("clip_type"), values.pop("clip_sigma")
-    made.modifier.type = values.pop("modifier_type")
+    del values["modifier_type"]  # of version 1; the default says nothing
     made.modifier.res = values.pop("weight_res")
     parts = made.forward, made.modifier, made.mapping, made.pre_post.input_range
     for name, value in values.items():

@@ -32,10 +32,11 @@ from analog_plugin.checkpoint.load import local_directory, refuse_adapter
 from analog_plugin.checkpoint.save import plan_export, save_checkpoint
 from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.layers import analog_layers, convert_to_analog
-from analog_plugin.paths import check_output
+from analog_plugin.paths import check_output, refuse_around
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
 
 CONFIG_FILE = "rpu_config"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ def import_lightning(
         AnalogError: Something in the directory is missing, damaged or hostile, or has no
             counterpart here; one sentence says what, and nothing was written.
     """
+    if dtype not in (None, *_DTYPES):
+        raise AnalogError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}.")
     check_output(output, overwrite)
     source = local_directory(path)
-    if Path(output).resolve() == source.resolve():
-        raise AnalogError(f"The output {str(output)!r} is the model itself; give another.")
+    refuse_around(output, source)
     refuse_adapter(source)
     config, notes = config_of_record(read_record(source / CONFIG_FILE))
     scheme, differing = scheme_of(config, adc_bound)
@@ -198,6 +200,11 @@ def _full_scale_there(config: Config) -> str:
 def _model(source: Path, weights: dict[str, Tensor], own_head: bool, dtype: str | None) -> Any:
     """The digital model with these weights."""
     config = read_model_config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise AnalogError(
+            f"{source}/config.json says that the weights are quantized, but an analog model has "
+            "them in full precision; give the files that belong together."
+        )
     if own_head:  # an analog head has its own copy of the embedding
         config.tie_word_embeddings = False
     stored = next(t.dtype for t in weights.values() if t.is_floating_point() and t.dim() == 2)

@@ -67,6 +67,10 @@ def read_record(path: Path) -> Record:
             classes of aihwkit-lightning.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise AnalogError(
+                f"{path.parent} has no {path.name}; give an analog model's directory."
+            )
         if path.stat().st_size > _LONGEST:
             raise AnalogError(
                 f"{path} has {path.stat().st_size} bytes, but a configuration of aihwkit-lightning "

@@ -36,7 +36,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """
     kinds = ((BIN_FILE, BIN_INDEX), (WEIGHTS_FILE, WEIGHTS_INDEX))
     there = [kind for kind in kinds if any((directory / name).is_file() for name in kind)]
-    shards = sorted(path.name for path in directory.glob("pytorch_model-*-of-*.bin"))
+    found = directory.glob("pytorch_model-*-of-*.bin")
+    shards = sorted(path.name for path in found if path.is_file())
     if len(there) > 1:
         raise AnalogError(
             f"{directory} holds both {BIN_FILE} and {WEIGHTS_FILE}; remove the files that are not "
@@ -151,7 +152,6 @@ def _check_tensor(path: Path, name: Any, value: Any) -> None:
         and type(value) in (Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
         and value.dtype in _DTYPES
-        and value.is_contiguous()
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
     if not plain:

@@ -20,7 +20,7 @@ from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.layers import digital_layers
 from analog_plugin.layers.prefix import without_prefix
 from analog_plugin.modes import evaluation_mode
-from analog_plugin.paths import check_output
+from analog_plugin.paths import check_output, refuse_around
 from analog_plugin.plugins import exporters, lookup
 from analog_plugin.pretrained import load_tokenizer
 from analog_plugin.recipe import DeploySettings
@@ -86,12 +86,8 @@ def main_profile(
             "analog-fp is what profiles are derived from, with the record of its training; copy "
             "the directory instead."
         )
-    target = check_output(output, overwrite)
-    if Path(directory).resolve().is_relative_to(target):
-        raise AnalogError(
-            f"The output {str(output)!r} is or holds the checkpoint itself, whose full-precision "
-            "weights would be lost; give another."
-        )
+    check_output(output, overwrite)
+    refuse_around(output, directory)
     place = resolve_device(device, dtype or "float32")
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = load_checkpoint(directory, **options).to(place)
