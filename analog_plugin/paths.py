@@ -59,6 +59,19 @@ def check_output(directory: str | Path, overwrite: bool) -> Path:
     return target
 
 
+def refuse_around(output: str | Path, source: str | Path) -> None:
+    """Refuse an output that is the source or holds it, and would take its place.
+
+    Raises:
+        AnalogError: It is.
+    """
+    if Path(source).resolve().is_relative_to(_resolve(output)):
+        raise AnalogError(
+            f"The output {str(output)!r} is or holds the checkpoint itself, whose full-precision "
+            "weights would be lost; give another."
+        )
+
+
 @contextlib.contextmanager
 def atomic_directory(directory: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Fill a temporary sibling; it takes the name ``directory`` only when all went well.

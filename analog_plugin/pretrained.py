@@ -76,12 +76,13 @@ def absurd_fault(values: Mapping[str, Any]) -> str | None:
 
 @torchvision_explained()
 def load_causal_lm(
-    source: str | Path, *, name: str | None = None, config: Any = None, **options: Any
+    source: str | Path | None, *, name: str | None = None, config: Any = None, **options: Any
 ) -> Any:
     """Load a causal language model whose files hold every tensor of it.
 
     Args:
-        source: A local directory or a hub id.
+        source: A local directory or a hub id; None: ``state_dict`` among the options holds all
+            tensors, and ``name`` and ``config`` are given.
         name: What the user called it, for errors; None: ``source``.
         config: Its configuration; None: :func:`read_model_config`.
         **options: For transformers' ``from_pretrained``: ``dtype``, ``device_map``, ...
@@ -94,12 +95,16 @@ def load_causal_lm(
 
     name = name or str(source)
     if config is None:
+        assert source is not None
         config = read_model_config(source, name)
     # Sizes are compared below, where they can be told.
     options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}
+    loader: Any = AutoModelForCausalLM
+    if source is None:
+        loader = AutoModelForCausalLM._model_mapping[type(config)]
     with _quiet_report():
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = loader.from_pretrained(
                 source, config=config, output_loading_info=True, **options
             )
         # Broken weights and impossible sizes fail anywhere in transformers, safetensors and torch.

@@ -111,12 +111,14 @@ class DeploySettings(Settings):
             (``"max"``), or rows are clipped where their squared error is least (``"mse"``).
         average_bits, max_bytes: The budget of a mixed profile, in bits a weight of the quantized
             layers, or in bytes of their codes and scales.
+        g_max: Of the profile ``conductances``: µS of each column's largest weight.
     """
 
     profile: Annotated[Any, BeforeValidator(_names)] = "analog-fp"
     weight_scale: Literal["max", "mse"] | None = None
     average_bits: float | None = Field(None, gt=0)
     max_bytes: int | None = Field(None, gt=0)
+    g_max: float | None = Field(None, gt=0)
 
     @property
     def profiles(self) -> tuple[str, ...]:

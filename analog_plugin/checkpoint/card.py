@@ -94,10 +94,8 @@ def model_card(model: Any, profile: str, result: Any | None, plan: Any = None) -
         *_start(scheme),
         "",
     ]
-    return (
-        "\n".join([*head, *_usage(profile), *_measured(result), *_limits(model, profile, plan)])
-        + "\n"
-    )
+    usage = _usage(profile) if (own := getattr(plan, "usage", None)) is None else own
+    return "\n".join([*head, *usage, *_measured(result), *_limits(model, profile, plan)]) + "\n"
 
 
 def _training(scheme: AnalogScheme, result: Any | None) -> list[str]:
@@ -185,4 +183,4 @@ def _limits(model: nn.Module, profile: str, plan: Any) -> list[str]:
     lines += [f"- {note}" for note in getattr(plan, "notes", ())]
     if profile == "analog-fp":
         lines.append("- The directory's digital reading has neither ADC nor noise.")
-    return lines
+    return lines if len(lines) > 2 else []

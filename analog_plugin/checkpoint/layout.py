@@ -100,28 +100,35 @@ class Manifest(BaseModel):
     files: dict[str, ManifestEntry]
 
 
-def weight_files(directory: Path) -> list[str]:
+def weight_files(
+    directory: Path, single: str = WEIGHTS_FILE, index: str = WEIGHTS_INDEX
+) -> list[str]:
     """Names of the files that transformers takes the weights from.
+
+    Args:
+        directory: The model.
+        single: The name of the file where there is one alone.
+        index: The name of the index where there are several.
 
     Raises:
         AnalogError: There are none, or the index of shards names something else than files in the
             directory.
     """
-    if (directory / WEIGHTS_FILE).is_file():
-        return [WEIGHTS_FILE]
-    if not (directory / WEIGHTS_INDEX).is_file():
+    if (directory / single).is_file():
+        return [single]
+    if not (directory / index).is_file():
         raise AnalogError(
-            f"{directory} has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}; copy the checkpoint "
+            f"{directory} has neither {single} nor {index}; copy the checkpoint "
             "again or export it again."
         )
-    shards = read_json(directory / WEIGHTS_INDEX).get("weight_map")
+    shards = read_json(directory / index).get("weight_map")
     names = list(shards.values()) if isinstance(shards, dict) else []
     for name in names:
         if not isinstance(name, str) or not _is_inside(name):
-            raise AnalogError(f"{directory}/{WEIGHTS_INDEX} names {shown(name)}, {_OUTSIDE}")
+            raise AnalogError(f"{directory}/{index} names {shown(name)}, {_OUTSIDE}")
     if not names:
-        raise AnalogError(f"{directory}/{WEIGHTS_INDEX} names no file; export it again.")
-    return [WEIGHTS_INDEX, *sorted(set(names))]
+        raise AnalogError(f"{directory}/{index} names no file; export it again.")
+    return [index, *sorted(set(names))]
 
 
 def write_manifest(directory: Path) -> None:

@@ -47,7 +47,7 @@ def load_checkpoint(
     Raises:
         AnalogError: The directory is missing, holds no analog model, or is truncated or altered.
     """
-    directory = _local(directory)
+    directory = local_directory(directory)
     analog = read_analog_config(directory)
     weights = weight_files(directory)
     if verify:
@@ -84,13 +84,43 @@ def read_analog_config(directory: Path) -> AnalogConfig:
             f"{directory} is {kind}; give a directory of the profile analog-fp, which optimum-cli "
             "export analog writes."
         )
-    # transformers would load it too, and the model that it names instead of this one.
+    refuse_adapter(directory)
+    return AnalogConfig.read(values["analog_config"], directory)
+
+
+def local_directory(directory: str | Path) -> Path:
+    """A directory as it is, or the files of a hub id.
+
+    Raises:
+        AnalogError: It is neither.
+    """
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(directory).count("/") != 1:
+        raise AnalogError(f"There is no directory {directory}; give a checkpoint or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(directory)))
+    except Exception as error:  # offline, unknown, gated: all mean that it cannot be had
+        raise AnalogError(
+            f"{directory} is neither a local directory nor a hub model within reach "
+            f"({type(error).__name__})."
+        ) from error
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuse what transformers would load too, and the model that it names instead of this one.
+
+    Raises:
+        AnalogError: The directory holds an adapter.
+    """
     if (directory / "adapter_config.json").exists():
         raise AnalogError(
             f"{directory} holds an adapter, which no checkpoint has; put it into a directory of "
             "its own and load it with peft."
         )
-    return AnalogConfig.read(values["analog_config"], directory)
 
 
 def read_state(directory: Path, analog: AnalogConfig) -> dict[str, Tensor]:
@@ -165,20 +195,3 @@ def _restore_analog(
 
 def _tensor(shape: list[int] | None) -> str:
     return "absent" if shape is None else f"float32 of shape {shape}"
-
-
-def _local(directory: str | Path) -> Path:
-    path = Path(directory)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(directory).count("/") != 1:
-        raise AnalogError(f"There is no directory {directory}; give a checkpoint or a hub id.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(directory)))
-    except Exception as error:  # offline, unknown, gated: all mean that it cannot be had
-        raise AnalogError(
-            f"{directory} is neither a local directory nor a hub model within reach "
-            f"({type(error).__name__})."
-        ) from error

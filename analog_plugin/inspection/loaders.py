@@ -66,7 +66,7 @@ class Rule:
 
 
 _UNREADABLE = Rule(lambda f: f.broken, False, "its files cannot be read, see the problems")
-_NO_MODEL = Rule(lambda f: f.kind == "nothing", False, "it holds no model")
+_NO_MODEL = Rule(lambda f: f.kind in ("conductances", "nothing"), False, "it holds no model")
 
 TRANSFORMERS = (
     _NO_MODEL,

@@ -55,6 +55,7 @@ def _kind(inspection: Inspection) -> str:
     return {
         "plain": "a model in full precision, without quantization",
         "adapter": "an adapter for another model",
+        "conductances": "conductances, of every tile for a chip's programming software",
     }.get(inspection.kind, "no model")
 
 

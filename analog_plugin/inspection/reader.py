@@ -5,11 +5,12 @@ No model is built and nothing is executed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from analog_plugin.checkpoint.conductances import CONDUCTANCES_FILE
 from analog_plugin.checkpoint.layout import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -50,7 +51,8 @@ from analog_plugin.inspection.sizes import sizes_of
 from analog_plugin.inspection.tensors import StoredTensor, indexed_faults, stored_tensors
 from analog_plugin.pretrained import absurd_fault, read_model_config
 
-ADAPTER_FILE = "adapter_config.json"
+#: What directories without a model are known by.
+_OTHERS = {"adapter": "adapter_config.json", "conductances": CONDUCTANCES_FILE}
 
 
 def inspect_checkpoint(directory: str | Path, *, verify: bool = True) -> Inspection:
@@ -87,9 +89,9 @@ class _Reader:
 
     def inspection(self, verify: bool) -> Inspection:
         """All of it."""
-        there = self.directory / CONFIG_FILE, self.directory / ADAPTER_FILE
-        if not there[0].is_file():
-            return self._no_model(there[1].is_file())
+        if not (self.directory / CONFIG_FILE).is_file():
+            there = (k for k, name in _OTHERS.items() if (self.directory / name).is_file())
+            return self._no_model(next(there, "nothing"), verify)
         self.config = self._try(lambda: read_json(self.directory / CONFIG_FILE)) or {}
         self.broken = bool(self.problems)
         ours = (self.directory / MANIFEST_FILE).is_file()
@@ -98,7 +100,9 @@ class _Reader:
         ignored = self._read_quantized(modules, symmetric=ours)
         analog = self._read_analog(modules)
         if verify and (ours or analog is not None):
-            self._verify()
+            state = [STATE_FILE] if "analog_config" in self.config else []
+            names = [] if self.broken else weight_files(self.directory)
+            self._verify((CONFIG_FILE, *state, *names))
         self._read_leftovers(analog is not None)
         kind, profile, layout = self._kind(ours, analog)
         refused = None if self.broken else self._read_model(kind, modules)
@@ -139,9 +143,10 @@ class _Reader:
             self.problems.append(f"{self.directory} cannot be read: {one_line(error)}.")
         return None
 
-    def _no_model(self, adapter: bool) -> Inspection:
-        kind = "adapter" if adapter else "nothing"
-        if not adapter:
+    def _no_model(self, kind: str, verify: bool) -> Inspection:
+        if kind == "conductances" and verify:
+            self._verify((CONDUCTANCES_FILE,))
+        elif kind == "nothing":
             inner = sorted(path.parent.name for path in self.directory.glob(f"*/{CONFIG_FILE}"))
             below = (
                 f", but {', '.join(inner[:20])} below it have; give one of these" if inner else ""
@@ -202,14 +207,12 @@ class _Reader:
             self.problems += analog_faults(self.directory, config, state, modules)
         return config, analog_part(self.directory, config, state)
 
-    def _verify(self) -> None:
-        """Compare all files with the manifest."""
+    def _verify(self, required: Iterable[str]) -> None:
+        """Compare all files with the manifest, which must list those ``required``."""
         files = self._try(lambda: read_manifest(self.directory))
         if files is None:
             return
-        state = [STATE_FILE] if "analog_config" in self.config else []
-        names = [] if self.broken else weight_files(self.directory)
-        for name in (CONFIG_FILE, *state, *names):
+        for name in required:
             self._try(partial(require_listed, self.directory, files, name))
         for name, entry in files.items():
             self._try(partial(verify_file, self.directory, name, entry))

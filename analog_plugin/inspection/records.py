@@ -41,7 +41,8 @@ class Inspection:
     Args:
         directory: That was looked at.
         kind: ``"analog-fp"`` (with the analog model), ``"digital"`` (a profile without it),
-            ``"quantized"`` (by another tool), ``"plain"``, ``"adapter"`` or ``"nothing"``.
+            ``"quantized"`` (by another tool), ``"plain"``, ``"adapter"``, ``"conductances"`` (for a
+            chip) or ``"nothing"``.
         profile: A name of this package's, of a quantized directory the one it is laid out like;
             None: none.
         layout: The format of its weights in compressed-tensors, or the other method's name.

@@ -46,6 +46,7 @@ def analog_layers() -> Iterable[LayerType]:
 @hookimpl
 def analog_exporters() -> Iterable[Exporter]:
     """The deploy profiles."""
+    from analog_plugin.checkpoint import conductances
     from analog_plugin.checkpoint.digital import DIGITAL_PROFILES, check_digital, plan_profile
     from analog_plugin.checkpoint.plain import plain_reading
     from analog_plugin.checkpoint.profiles import write_analog_fp, write_digital
@@ -67,6 +68,14 @@ def analog_exporters() -> Iterable[Exporter]:
             plain_reading,
             tuple(options),
         )
+    yield Exporter(
+        "conductances",
+        conductances.write_conductances,
+        "target conductances of each tile, for a chip's programming software",
+        conductances.check_conductances,
+        conductances.plan_conductances,
+        options=("g_max",),
+    )
 
 
 @hookimpl

@@ -76,7 +76,8 @@ class Exporter:
             again before it is written; raises ``AnalogError`` where the profile cannot hold it.
         prepare: Called as ``prepare(model, batches=batches, **options)`` with keyword arguments of
             the model's forward to calibrate on, or None; gives a plan, whatever ``write`` and
-            ``reading`` are to have. Where it has ``notes``, these sentences go into the model card.
+            ``reading`` are to have. Where it has ``notes``, these sentences go into the model card,
+            and where it has ``usage``, these lines instead of how transformers loads it.
         reading: Called as ``reading(model, plan)``; gives a context within which the model computes
             what loaders without this package make of the profile, to be measured. None: not
             measured.

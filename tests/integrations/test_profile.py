@@ -1,11 +1,13 @@
 """``optimum-cli analog profile``: digital checkpoints from an analog one."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -170,3 +172,19 @@ def test_help_explains_the_command_without_loading_torch(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "--average-bits" in result.stdout and "w4-in-w8" in result.stdout
+
+
+def test_an_export_writes_conductances_of_what_it_trained(
+    model_directory, fields, corpus, tmp_path
+):
+    fields["deploy"] = {"profile": ["analog-fp", "conductances"], "g_max": 30.0}
+    fields["evaluation"] = {"corpus": str(corpus), "blocks": 2, "length": 12, "noise": []}
+    main_export(str(model_directory), tmp_path / "out", fields, device="cpu")
+    told = json.loads((tmp_path / "out" / "conductances" / "conductances.json").read_text())
+    model = load_checkpoint(tmp_path / "out" / "analog-fp")
+    for name, layer in told["layers"].items():
+        arrays = np.load(tmp_path / "out" / "conductances" / layer["file"])
+        first = layer["tiles"][0]["prefix"]
+        largest = np.maximum(arrays[first + "g_plus"], arrays[first + "g_minus"]).max(0)
+        np.testing.assert_allclose(largest, 30.0, rtol=1e-6)
+        assert arrays[first + "input_range"] == model.get_submodule(name).input_range[0].item()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from analog_integrations.optimum.generate import main_generate
     from analog_integrations.optimum.inspect import main_inspect
     from analog_integrations.optimum.modeling import AnalogModelForCausalLM
+    from analog_integrations.optimum.plan import main_plan
     from analog_integrations.optimum.profile import main_profile
     from analog_integrations.optimum.scaling import main_test_time
     from analog_integrations.optimum.teacher import main_teacher
@@ -24,6 +25,7 @@ __all__ = [
     "main_export",
     "main_generate",
     "main_inspect",
+    "main_plan",
     "main_profile",
     "main_teacher",
     "main_test_time",
@@ -36,6 +38,7 @@ _MODULES = {
     "main_evaluate": "evaluate",
     "main_export": "export",
     "main_generate": "generate",
+    "main_plan": "plan",
     "main_profile": "profile",
     "main_inspect": "inspect",
     "main_teacher": "teacher",

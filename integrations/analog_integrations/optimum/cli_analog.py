@@ -16,6 +16,8 @@ from analog_integrations.optimum.arguments import (
 from analog_integrations.optimum.cli_aihwkit import AnalogToAihwkitCommand
 from analog_integrations.optimum.cli_checkpoint import AnalogInspectCommand, AnalogProfileCommand
 from analog_integrations.optimum.cli_generate import AnalogGenerateCommand
+from analog_integrations.optimum.cli_import import AnalogImportCommand
+from analog_integrations.optimum.cli_plan import AnalogPlanCommand
 from analog_integrations.optimum.cli_training import AnalogAblateCommand, AnalogTeacherCommand
 
 _EVALUATE = """\
@@ -232,6 +234,16 @@ class AnalogCommand(BaseOptimumCLICommand):
             name="generate",
             help="Sample training tokens into shards.",
             subcommand_class=AnalogGenerateCommand,
+        ),
+        CommandInfo(
+            name="import",
+            help="Import a model trained with aihwkit-lightning.",
+            subcommand_class=AnalogImportCommand,
+        ),
+        CommandInfo(
+            name="plan",
+            help="Estimate memory, time and cost on many GPUs.",
+            subcommand_class=AnalogPlanCommand,
         ),
         CommandInfo(
             name="teacher",

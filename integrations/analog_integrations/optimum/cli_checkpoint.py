@@ -11,8 +11,8 @@ from analog_integrations.optimum.arguments import errors_are_sentences, split
 
 _PROFILE = """\
 Derive digital checkpoints from one of the profile analog-fp: integer weights and static 8-bit
-inputs for transformers and vLLM. The weights are rounded to nearest; the analog checkpoint stays
-as it is and can make every profile.
+inputs for transformers and vLLM, rounded to nearest; or what chips and other tools read. The analog
+checkpoint stays as it is and can make every profile.
 """
 
 _PROFILE_EXAMPLES = """\
@@ -31,6 +31,8 @@ profiles:
   w3a8, w2a8            fewer bits, packed                         transformers
   mixed                 2, 3, 4 or 8 bits by layer, packed         transformers
   mixed-in-w8           the same, one byte a weight                transformers, vLLM
+  conductances          µS of every tile, in .npz                  a chip's programming software
+  lightning             pytorch_model.bin and rpu_config           aihwkit-lightning
 
 A mixed profile gives most bits to the layers whose rounding costs most.
 OUTPUT appears when all is done, whole; of several profiles each is a directory of its name in it.
@@ -86,6 +88,11 @@ class AnalogProfileCommand(BaseOptimumCLICommand):
             help="budget of the profile mixed: bytes of the quantized layers' codes and scales",
         )
         parser.add_argument(
+            "--g-max",
+            type=float,
+            help="of the profile conductances: µS of each column's largest weight (default: 25)",
+        )
+        parser.add_argument(
             "--dataset",
             help="text to find scales and bits on (default: sampled from the model, where needed)",
         )
@@ -124,6 +131,7 @@ class AnalogProfileCommand(BaseOptimumCLICommand):
                 weight_scale=given.weight_scale,
                 average_bits=given.average_bits,
                 max_bytes=given.max_bytes,
+                g_max=given.g_max,
                 dataset=given.dataset,
                 corpus=given.corpus,
                 blocks=given.blocks,

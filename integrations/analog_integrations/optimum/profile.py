@@ -20,13 +20,15 @@ from analog_plugin.evaluation.fidelity import Reference, fidelity
 from analog_plugin.layers import digital_layers
 from analog_plugin.layers.prefix import without_prefix
 from analog_plugin.modes import evaluation_mode
-from analog_plugin.paths import check_output
+from analog_plugin.paths import check_output, refuse_around
 from analog_plugin.plugins import exporters, lookup
 from analog_plugin.pretrained import load_tokenizer
 from analog_plugin.recipe import DeploySettings
 
 #: Rows that scales and bits are found on, their tokens, and how many at a time.
 _ROWS, _LENGTH, _BATCH = 32, 128, 4
+#: Files that hold weights, by the ends of their names.
+_WEIGHTS = (".safetensors", ".bin", ".npz")
 
 
 def main_profile(
@@ -37,6 +39,7 @@ def main_profile(
     weight_scale: str | None = None,
     average_bits: float | None = None,
     max_bytes: int | None = None,
+    g_max: float | None = None,
     dataset: Any = None,
     corpus: str = "pydoc_data.topics",
     blocks: int = 4,
@@ -51,8 +54,9 @@ def main_profile(
         directory: The checkpoint, or a hub id; it is not changed.
         output: Directory of the profile, or of several each in a directory of its name.
         profile: One or several names, for instance ``"w4-in-w8"``.
-        weight_scale, average_bits, max_bytes: Options of profiles; see
+        weight_scale, average_bits, max_bytes: Options of digital profiles; see
             :func:`~analog_plugin.checkpoint.digital.plan_profile`.
+        g_max: Of ``conductances``: µS of each column's largest weight (25).
         dataset: Text to find scales and bits on (see :func:`~analog_plugin.data.load_tokens`);
             None: 4,096 tokens sampled from the model, where any are needed.
         corpus, blocks, length: What the profiles are measured on; see
@@ -71,7 +75,7 @@ def main_profile(
     """
     names = (profile,) if isinstance(profile, str) else tuple(profile)
     given = {"weight_scale": weight_scale, "average_bits": average_bits, "max_bytes": max_bytes}
-    deploy = DeploySettings.read({"profile": names} | given, "deploy")
+    deploy = DeploySettings.read({"profile": names, "g_max": g_max} | given, "deploy")
     deploy.check()
     if blocks < 0 or length < 2:
         raise AnalogError(
@@ -82,19 +86,18 @@ def main_profile(
             "analog-fp is what profiles are derived from, with the record of its training; copy "
             "the directory instead."
         )
-    target = check_output(output, overwrite)
-    if Path(directory).resolve().is_relative_to(target):
-        raise AnalogError(
-            f"The output {str(output)!r} is or holds the checkpoint itself, whose full-precision "
-            "weights would be lost; give another."
-        )
+    check_output(output, overwrite)
+    refuse_around(output, directory)
     place = resolve_device(device, dtype or "float32")
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = load_checkpoint(directory, **options).to(place)
-    for name in deploy.profiles:  # all of them before the first one's data
-        lookup(exporters(), name, "deploy profile").check(model, **deploy.options(name))
+    known = [lookup(exporters(), name, "deploy profile") for name in deploy.profiles]
+    for exporter in known:  # all of them before the first one's data
+        exporter.check(model, **deploy.options(exporter.name))
     tokenizer = load_tokenizer(str(directory))
     tokens = None
+    if all(exporter.reading is None for exporter in known):
+        blocks = 0  # no loader computes anything of these
     if blocks and tokenizer is None:
         print("There is no tokenizer beside the checkpoint, so nothing is measured.")
     elif blocks:
@@ -115,7 +118,7 @@ def main_profile(
     results: dict[str, Mapping[str, float]] = {}
     for name in plans:
         at = Path(output) if len(plans) == 1 else Path(output) / name
-        size = sum(path.stat().st_size for path in at.glob("*.safetensors"))
+        size = sum(p.stat().st_size for p in at.rglob("*") if p.suffix in _WEIGHTS)
         results[name] = {**measured.get(name, {}), "megabytes": size / 1e6}
     print(_table(results))
     print(f"Written to {output}.")
