@@ -98,7 +98,7 @@ def test_an_unknown_field_gets_a_suggestion(values, where, name, suggestion):
     [
         ({"qqqq": 1}, "data, deploy, distillation, evaluation, ignore, scheme, seed, targets"),
         ({"data": {"qqqq": 1}}, "batch_size, bos_token_id, ignore_eos"),
-        ({"deploy": {"qqqq": 1}}, "average_bits, max_bytes, profile, weight_scale."),
+        ({"deploy": {"qqqq": 1}}, "average_bits, g_max, max_bytes, profile, weight_scale."),
     ],
 )
 def test_an_unknown_field_that_is_like_none_lists_all(values, known):

@@ -36,8 +36,9 @@ def test_a_pair_of_conductances_gives_the_weight_back_within_fp32_rounding(weigh
     assert max(plus.max(), minus.max()) <= g_max * (1 + 2e-7)
     back = (plus.astype(np.float64) - minus) * scale
     peak = np.abs(weight).max(0)
-    # A rounding of either factor; and of scales too small for fp32's normal numbers, their steps.
-    error = 3e-7 * np.abs(weight).astype(np.float64) + 1.5e-45 * g_max
+    # A rounding of either factor; below fp32's normal numbers a whole step of either.
+    step = 1.5e-45 * (g_max + peak.astype(np.float64) / g_max)
+    error = 3e-7 * np.abs(weight).astype(np.float64) + step
     assert (np.abs(back - weight) <= error).all()
     normal = peak / g_max > 1e-37
     largest = np.abs(plus - minus).max(0)[normal]

@@ -10,13 +10,9 @@ from lightning_models import lightning_config, lightning_model, publish
 from tiny_models import token_ids, word_tokenizer
 
 from analog_integrations.lightning import import_lightning, to_lightning
-from analog_integrations.lightning.config import (
-    LightningConfig,
-    config_of,
-    config_of_record,
-    scheme_of,
-)
+from analog_integrations.lightning.config import LightningConfig, config_of_record
 from analog_integrations.lightning.pickles import parse_record
+from analog_integrations.lightning.schemes import config_of, scheme_of
 from analog_plugin import AnalogError, AnalogScheme, load_checkpoint, save_checkpoint
 from analog_plugin.layers import analog_layers
 from analog_plugin.layers.prefix import install_prefix

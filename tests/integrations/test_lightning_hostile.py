@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lightning_models import lightning_config, lightning_model, publish
 
 from analog_integrations.lightning import import_lightning
-from analog_integrations.lightning.config import config_of_record, scheme_of
+from analog_integrations.lightning.config import config_of_record
 from analog_integrations.lightning.pickles import (
     DATACLASSES,
     ENUMS,
@@ -28,6 +28,7 @@ from analog_integrations.lightning.pickles import (
     parse_record,
     read_record,
 )
+from analog_integrations.lightning.schemes import scheme_of
 from analog_plugin import AnalogError
 
 ROOT = b"aihwkit_lightning.simulator.configs.configs"

@@ -11,13 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analog_integrations.lightning.config import (
-    ENUM_FIELDS,
-    LightningConfig,
-    config_of,
-    not_carried,
-)
+from analog_integrations.lightning.config import ENUM_FIELDS, LightningConfig
 from analog_integrations.lightning.importing import CONFIG_FILE
+from analog_integrations.lightning.schemes import config_of, not_carried
 from analog_integrations.lightning.weights import BIN_FILE, COUNT, RANGE
 from analog_plugin.checkpoint.load import load_checkpoint
 from analog_plugin.checkpoint.save import save_checkpoint

@@ -14,10 +14,10 @@ from analog_integrations.lightning.config import (
     LEARNABLE,
     PER_CHANNEL,
     config_of_record,
-    scheme_of,
 )
 from analog_integrations.lightning.config import LightningConfig as Config
 from analog_integrations.lightning.pickles import read_record
+from analog_integrations.lightning.schemes import scheme_of
 from analog_integrations.lightning.weights import (
     CLIP,
     COUNT,
@@ -207,13 +207,13 @@ def _model(source: Path, weights: dict[str, Tensor], own_head: bool, dtype: str 
         )
     if own_head:  # an analog head has its own copy of the embedding
         config.tie_word_embeddings = False
-    stored = next(t.dtype for t in weights.values() if t.is_floating_point() and t.dim() == 2)
+    matrices = (t.dtype for t in weights.values() if t.is_floating_point() and t.dim() == 2)
     model = load_causal_lm(
         None,
         name=str(source),
         config=config,
         state_dict=weights,
-        dtype=stored if dtype is None else getattr(torch, dtype),
+        dtype=next(matrices, torch.float32) if dtype is None else getattr(torch, dtype),
     )
     if (source / "generation_config.json").is_file():
         model.generation_config = _generation_config(source)
