@@ -83,7 +83,7 @@ jobs = st.builds(
     length=st.integers(1, 8192),
     rows=st.integers(1, 16),
     accumulation=st.integers(1, 8),
-    sharding=st.sampled_from(["ddp", "zero2", "fsdp"]),
+    sharding=st.sampled_from(["ddp", "fsdp"]),
     checkpointing=st.booleans(),
     keep_noise=st.booleans(),
     teacher=st.booleans(),
@@ -104,13 +104,13 @@ def test_more_gpus_never_train_more_slowly_or_need_more_memory_each(model, gpu, 
 
 
 @given(**choices, gpus=st.integers(1, 2000), job=jobs)
-def test_sharding_takes_less_memory_and_sends_no_less_each_micro_batch(model, gpu, gpus, job):
+def test_sharding_never_takes_more_memory(model, gpu, gpus, job):
     held = [
         sum(
             training_memory(model, gpus, Job(**(vars(job) | {"sharding": name})))[part]
             for part in ("weights", "gradients", "optimizer", "teacher")
         )
-        for name in ("ddp", "zero2", "fsdp")
+        for name in ("ddp", "fsdp")
     ]
     assert held == sorted(held, reverse=True)
     assert sent_bytes(model, 1, job) == 0

@@ -15,8 +15,8 @@ from analog_plugin.errors import AnalogError, is_number, shown
 from analog_plugin.planning.hardware import Gpu
 from analog_plugin.planning.shapes import ModelShape
 
-Sharding = Literal["ddp", "zero2", "fsdp"]
-SHARDINGS = ("ddp", "zero2", "fsdp")
+Sharding = Literal["ddp", "fsdp"]
+SHARDINGS = ("ddp", "fsdp")
 _HALF, _SINGLE = 2, 4
 #: Float32 copies of a chunk's logits: of both models, their log-probabilities, the gradient.
 _COPIES = 5
@@ -63,8 +63,8 @@ class Job:
         length: Tokens of a row.
         rows: Rows that a GPU takes at a time.
         accumulation: Micro-batches of an optimizer step.
-        sharding: ``"ddp"``: every GPU holds everything. ``"zero2"``: gradients and optimizer states
-            are shared out. ``"fsdp"`` (and ZeRO-3): weights and the teacher's too.
+        sharding: ``"ddp"``: every GPU holds everything. ``"fsdp"``: weights, gradients and
+            optimizer states are shared out; the teacher is whole everywhere.
         checkpointing: Whether blocks are computed again in the backward.
         chunk: Positions whose logits exist at the same time.
         keep_noise: Whether noisy weights are kept for the backward.
@@ -203,8 +203,7 @@ def training_memory(model: ModelShape, gpus: int, job: Job) -> dict[str, float]:
     the end of the backward, when it is the other way round. Of several micro-batches all but the
     first find all gradients there.
     """
-    weights = gpus if job.sharding == "fsdp" else 1
-    states = 1 if job.sharding == "ddp" else gpus
+    shares = gpus if job.sharding == "fsdp" else 1
     tokens, parameters = job.rows * job.length, model.parameters
     of_block = float(_HALF * model.block_weights), float(tokens * model.kept_bytes)
     noisy = 1 if job.checkpointing or not job.keep_noise else model.blocks
@@ -213,11 +212,11 @@ def training_memory(model: ModelShape, gpus: int, job: Job) -> dict[str, float]:
     # Gathered for the block that runs, and for the next one.
     gathered = 2 * of_block[0] if job.sharding == "fsdp" and gpus > 1 else 0.0
     whole = {
-        "weights": _SINGLE * parameters / weights,
-        "optimizer": 2 * _SINGLE * parameters / states,
-        "teacher": _HALF * parameters / weights if job.teacher else 0.0,
+        "weights": _SINGLE * parameters / shares,
+        "optimizer": 2 * _SINGLE * parameters / shares,
+        "teacher": float(_HALF * parameters) if job.teacher else 0.0,
     }
-    gradients = _SINGLE * parameters / states
+    gradients = _SINGLE * parameters / shares
     at_loss = whole | {
         "gradients": gradients if job.accumulation > 1 else float(_SINGLE * model.head),
         "noisy and gathered weights": of_block[0] * noisy + gathered,
@@ -236,16 +235,13 @@ def training_memory(model: ModelShape, gpus: int, job: Job) -> dict[str, float]:
 def sent_bytes(model: ModelShape, gpus: int, job: Job) -> float:
     """Bytes that each GPU sends in an optimizer step; gradients are summed in float32.
 
-    ``"fsdp"`` gathers weights for each forward and backward of the student and each forward of the
-    teacher, and sums gradients in every micro-batch; the others sum them once a step.
+    ``"fsdp"`` gathers weights for each forward and backward of the student, and sums gradients in
+    every micro-batch; ``"ddp"`` sums them once a step.
     """
     share = (gpus - 1) / gpus * model.parameters
     if job.sharding == "ddp":
         return share * 2 * _SINGLE
-    if job.sharding == "zero2":
-        return share * (_SINGLE + _HALF)
-    gathers = 2 + (1 if job.teacher else 0)
-    return share * job.accumulation * (gathers * _HALF + _SINGLE)
+    return share * job.accumulation * (2 * _HALF + _SINGLE)
 
 
 def _sampling(

@@ -16,7 +16,7 @@ time and messages of a step, hours, cost. Nothing is loaded or run.
 _PLAN_EXAMPLES = """\
 examples:
   optimum-cli analog plan 8b --gpus 8,64,256 --gpu h100 --price 2.50
-  optimum-cli analog plan path/to/model --gpus 8 --sharding zero2 --rows 4 --tokens 500M
+  optimum-cli analog plan path/to/model --gpus 8 --sharding ddp --rows 4 --tokens 500M
 
 The formulas and what they assume are in docs/scaling.md. A step takes the longer of computing and
 sending.
@@ -50,7 +50,7 @@ class AnalogPlanCommand(BaseOptimumCLICommand):
         parser.add_argument("--length", type=int, default=4096, help="of a row (default: 4096)")
         parser.add_argument("--rows", type=int, default=1, help="a GPU at a time (default: 1)")
         parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
-        parser.add_argument("--sharding", default="fsdp", help="ddp, zero2, fsdp (default: fsdp)")
+        parser.add_argument("--sharding", default="fsdp", help="ddp or fsdp (default: fsdp)")
         parser.add_argument(
             "--no-checkpointing", action="store_true", help="keep activations for the backward"
         )

@@ -54,10 +54,7 @@ def main_plan(
     )
     print(table(found, kind, guess, price))
     if any(row.network_seconds > row.compute_seconds for row in found):
-        print(
-            "* waits for the network: more --rows or, with ddp and zero2, more --accumulation for "
-            "each GPU help."
-        )
+        print("* waits for the network: more --rows help, with ddp more --accumulation too.")
     return found
 
 
