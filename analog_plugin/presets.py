@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from analog_plugin.errors import shown
 from analog_plugin.scheme import FUSED_GROUPS, AnalogScheme, SchemeError, check_names
 
 #: The recipe shipped with 'Analog Foundation Models' (arXiv 2505.09663) for Llama-3.2-1B: 8-bit
@@ -67,8 +68,8 @@ def resolve_scheme(scheme: str | Mapping[str, Any] | AnalogScheme) -> AnalogSche
         return lookup(presets(), scheme, "preset").scheme()
     if not isinstance(scheme, Mapping):
         raise SchemeError(
-            f"scheme is {scheme!r}, but must be a preset's name or a mapping; write scheme: AFM or "
-            "scheme: {preset: AFM, tile_rows: 512}."
+            f"scheme is {shown(scheme)}, but must be a preset's name or a mapping; write "
+            "scheme: AFM or scheme: {preset: AFM, tile_rows: 512}."
         )
     fields = dict(scheme)
     name = fields.pop("preset", None)

@@ -50,4 +50,4 @@ def _sentence(cls: type[BaseModel], where: str, error: ValidationError) -> str:
 def _unknown(where: str, name: object, known: list[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}."
-    return f"{where} has no field {name!r}; {hint}"
+    return f"{where} has no field {shown(name)}; {hint}"

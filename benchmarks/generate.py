@@ -103,6 +103,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "seconds": seconds,
             "tokens_per_second": round(tokens / statistics.median(seconds), 2),
             "to_generate": measure.ratio(times[PLAIN], seconds),
+            **(worker.about if name == VLLM and worker is not None else {}),
         }
         for name, seconds in sorted(times.items(), key=lambda item: item[0] != PLAIN)
     ]

@@ -74,13 +74,14 @@ def _model(name: str, level: str | None, arguments: Mapping[str, Any], said: Any
             arguments[parameters[0]] = float(level)
         except (ValueError, IndexError):
             raise AnalogError(
-                f"noise {shown(said)} has the level {level!r}, which is not a number; write "
+                f"noise {shown(said)} has the level {shown(level)}, which is not a number; write "
                 f"{name}:1.5."
             ) from None
     for key in arguments:
         if key not in parameters:
             raise AnalogError(
-                f"noise model {name!r} has no argument {key!r}; it takes {', '.join(parameters)}."
+                f"noise model {name!r} has no argument {shown(key)}; it takes "
+                f"{', '.join(parameters)}."
             )
     return factory(**arguments)
 
@@ -206,7 +207,9 @@ def _parts(text: str) -> tuple[list[tuple[str, str | None]], str | None]:
         parts.append((name, level if colon else None))
         times += [time] if at else []
     if len(times) > 1:
-        raise AnalogError(f"noise {text!r} has {len(times)} times; write one: hermes+stuck@1d.")
+        raise AnalogError(
+            f"noise {shown(text)} has {len(times)} times; write one: hermes+stuck@1d."
+        )
     return parts, times[0] if times else None
 
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import threading
+import time
 
 import datasets
 import pyarrow.parquet as pq
@@ -272,8 +273,13 @@ def test_a_shard_that_another_process_makes_is_waited_for(make, model):
     assert held.wait(60)
     with store.claimed(2, wait=False) as ours:
         assert not ours
-    timer = threading.Timer(0.5, release.set)
-    timer.start()
+
+    def release_at_the_end():
+        while not store.manifest_of(5).exists():
+            time.sleep(0.01)
+        release.set()
+
+    threading.Thread(target=release_at_the_end, daemon=True).start()
     work = make_shards(store, lambda: ModelSampler(model, store.request))
     other.join(60)
     assert work.made == [0, 1, 3, 4, 5, 2]

@@ -63,16 +63,15 @@ class ParquetRows:
         Raises:
             AnalogError: The file cannot be read or holds something else.
         """
-        import pyarrow as pa
-
+        opened = self._open()
         try:
-            table = self._open().read_row_group(number, columns=[COLUMN], use_threads=False)
-        except (OSError, pa.ArrowException, IndexError) as error:
+            table = opened.read_row_group(number, columns=[COLUMN], use_threads=False)
+            column = table.column(COLUMN).combine_chunks()
+            lengths, values = column.value_lengths(), column.flatten()
+            rows = opened.metadata.row_group(number).num_rows
+        # For a damaged file pyarrow raises errors of its own, of Python's, or of broken text.
+        except Exception as error:
             raise self._fault(one_line(error)) from None
-        column = table.column(COLUMN).combine_chunks()
-        lengths = column.value_lengths()
-        values = column.flatten()
-        rows = self._open().metadata.row_group(number).num_rows
         even = lengths.null_count == values.null_count == 0 and bool(
             (lengths.to_numpy() == self.length).all()
         )
@@ -100,7 +99,7 @@ class ParquetRows:
             opened = pq.ParquetFile(self.path, page_checksum_verification=True)
             kind = opened.schema_arrow.field(COLUMN).type
             rows = opened.metadata.num_rows
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except Exception as error:  # as in group()
             raise self._fault(one_line(error)) from None
         if kind != pa.list_(pa.int32()) and kind != pa.list_(pa.field("element", pa.int32())):
             raise self._fault(f"{COLUMN} is {kind}, not list<int32>")

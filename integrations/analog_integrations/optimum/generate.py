@@ -178,7 +178,7 @@ def chosen_shards(given: int | str | Sequence[int] | None) -> list[int] | None:
     if isinstance(given, int):
         return [given]
     if not isinstance(given, str):
-        return list(given)
+        return [shard for each in given for shard in chosen_shards(each) or ()]
     chosen: list[int] = []
     for part in given.split(","):
         found = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)

@@ -19,8 +19,16 @@ class _Worker:
         self._sampler: Sampler | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        work = make_shards(self._store, self._sampler_once, map(int, batch["shard"]))
-        return {"shard": batch["shard"], "made": [s in work.made for s in batch["shard"]]}
+        made, errors = [], []
+        for shard in map(int, batch["shard"]):
+            # Ray hands on an exception's traceback, not its sentence.
+            try:
+                work, error = make_shards(self._store, self._sampler_once, [shard]), ""
+            except AnalogError as raised:
+                work, error = ShardWork(), str(raised)
+            made.append(shard in work.made)
+            errors.append(error)
+        return {"shard": batch["shard"], "made": made, "error": errors}
 
     def _sampler_once(self) -> Sampler:
         if self._sampler is None:
@@ -64,18 +72,10 @@ def make_shards_with_ray(
             num_gpus=gpus or None,
         ).take_all()
     except ray.exceptions.RayError as error:
-        raise AnalogError(_sentence(error)) from error
+        raise AnalogError(f"A worker of Ray failed: {one_line(error)}") from error
     work = ShardWork()
     for row in sorted(done, key=lambda row: row["shard"]):
+        if row["error"]:
+            raise AnalogError(str(row["error"]))
         (work.made if row["made"] else work.kept).append(int(row["shard"]))
     return work
-
-
-def _sentence(error: BaseException) -> str:
-    """What the worker said, where it was one of our sentences."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, AnalogError):
-            return str(cause)
-        cause = cause.__cause__ or getattr(cause, "cause", None)
-    return f"A worker of Ray failed: {one_line(error)}"
