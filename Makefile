@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A peer of the benchmarks that would change what other packages import.
 PEERS := build/peers
+# Tests run in so many processes, each on one thread: tiny models gain nothing from more.
+TEST_PROCESSES ?= 2
 # vLLM asks for another compressed-tensors, so it has an environment of its own.
 VLLM := build/vllm
 VLLM_READY := $(VLLM)/.ready
@@ -40,7 +42,7 @@ demo: setup ## The main job on a real model, about eleven minutes on two cores
 	$(BIN)/optimum-cli export analog --model demo:smollm2-135m-instruct --recipe examples/recipes/demo.yaml --overwrite demo-out
 
 test: setup lint typecheck ## Lint, types and tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: setup ## The heavy acceptance runs
 	$(BIN)/python -m pytest -q -m slow

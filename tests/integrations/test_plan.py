@@ -1,6 +1,7 @@
 """``optimum-cli analog plan``."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,13 @@ def test_a_cost_is_told_only_with_a_price(capsys):
     (found,) = main_plan("8b", gpus=[8], price=2.0)
     assert "cost" in capsys.readouterr().out
     assert found.cost(2.0) == 2 * 8 * (found.training_hours + found.sampling_hours)
+
+
+def test_the_tables_of_the_docs_are_what_the_command_prints(capsys):
+    page = (Path(__file__).parents[2] / "docs/scaling.md").read_text()
+    found = re.findall(r"<!-- begin plan (\S+)(.*?) -->\n(.*?)\n<!-- end plan", page, re.DOTALL)
+    assert len(found) == 4
+    for model, option, text in found:
+        main_plan(model, **({"teacher": False} if "--stored-teacher" in option else {}))
+        printed = [line for line in capsys.readouterr().out.splitlines() if line[0] != "*"]
+        assert [line for line in text.splitlines() if line] == printed
