@@ -10,7 +10,7 @@ from analog_plugin.data import evaluation_tokens
 from analog_plugin.demo import resolve_model
 from analog_plugin.evaluation import Reference
 from analog_plugin.evaluation.fidelity import fidelity
-from analog_plugin.layers import analog_layers
+from analog_plugin.layers import analog_layers, scheme_changed
 from analog_plugin.noise import resolve_noise
 from analog_plugin.presets import AFM_PLUS
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer
@@ -35,12 +35,18 @@ def prepared(tmp_path_factory):
     return original, model, rows[24:]
 
 
-def test_it_computes_the_same_layer_by_layer_and_as_a_whole(prepared):
+def test_without_converters_the_whole_model_computes_the_same(prepared):
     _, model, tokens = prepared
-    converted = to_aihwkit(model, "hermes")
-    found = fidelity(converted, tokens, Reference.of(model, tokens))
-    assert found["kl"] <= 1e-3 and found["agreement"] > 0.98
+    with scheme_changed(model, {"input_bits": None, "output_bits": None}):
+        found = fidelity(to_aihwkit(model), tokens, Reference.of(model, tokens, keep_logits=True))
+    assert found["kl"] <= 1e-3 and found["agreement"] > 0.99
 
+
+def test_every_layer_computes_the_same_on_identical_inputs(prepared):
+    # Whole models part with converters: one output on another code spreads through 30 blocks, as
+    # it does between two runs of the model here whose embeddings differ by 1e-6.
+    _, model, tokens = prepared
+    converted = to_aihwkit(model)
     flipped = total = 0
 
     def compare(layer, args, y):
