@@ -14,7 +14,8 @@ from analog_plugin.errors import AnalogError
 from analog_plugin.layers import ForwardState, analog_layers, forward_state
 from analog_plugin.layers.base import RANGE_FLOOR
 from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
-from analog_plugin.ops.ranges import all_reduce_sum
+from analog_plugin.ops.shards import is_sharded, local_part
+from analog_plugin.processes import all_reduce
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +137,14 @@ class AnalogCallback(TrainerCallback, ExportableState):
             if not (layer.input_range.requires_grad and layer.owns_range):
                 layer.clip_counts.zero_()
                 continue
-            all_reduce_sum(layer.clip_counts)
+            all_reduce(layer.clip_counts)
             decay = layer.range_decay_gradient()
             layer.clip_counts.zero_()
             grad = layer.input_range.grad
+            if is_sharded(layer.weight) and not is_sharded(layer.input_range):
+                # A range is whole in every process, and FSDP does not see it.
+                grad = all_reduce(torch.zeros_like(decay) if grad is None else grad)
+                grad /= args.world_size
             layer.input_range.grad = decay if grad is None else grad.add_(decay)
             self._ranges.append((layer.input_range, layer.input_range.detach().clone()))
 
@@ -150,7 +155,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
     def _skip_anywhere(self, model: nn.Module, device: torch.device) -> bool:
         """Whether the step is not finite in any process: all skip it, or they would part."""
         skip = self._skip or not _finite_gradients(model)
-        return bool(all_reduce_sum(torch.tensor(float(skip), device=device)) > 0)
+        return bool(all_reduce(torch.tensor(float(skip), device=device)) > 0)
 
     def _count_skipped(self, step: int) -> None:
         self.skipped_steps += 1
@@ -195,5 +200,5 @@ def clip_alpha(scheme: Any, start: float | None, done: float) -> float | None:
 
 
 def _finite_gradients(model: nn.Module) -> bool:
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     return not grads or bool(torch.nn.utils.get_total_norm(grads).isfinite())

@@ -7,28 +7,44 @@ import copy
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from analog_plugin import processes
 from analog_plugin.checkpoint.save import plan_export
-from analog_plugin.evaluation.fidelity import Reference, fidelity
-from analog_plugin.evaluation.noise import NoiseCell, NoiseReport, evaluate_noise
-from analog_plugin.layers import analog_layers, convert_to_analog, to_digital
-from analog_plugin.layers.prefix import install_prefix, prefix_tokens, remove_prefix
-from analog_plugin.modes import evaluation_mode
+from analog_plugin.evaluation.noise import NoiseReport
+from analog_plugin.layers import analog_layers, convert_to_analog, model_scheme, to_digital
+from analog_plugin.layers.prefix import (
+    install_prefix,
+    installed_prefix,
+    prefix_tokens,
+    remove_prefix,
+)
 from analog_plugin.noise import resolve_noise
 from analog_plugin.plugins import exporters, lookup
-from analog_plugin.plugins.types import Exporter
 from analog_plugin.presets import resolve_scheme
 from analog_plugin.recipe import AnalogRecipe
+from analog_plugin.training.kept import (
+    START,
+    TRAINED,
+    AnotherRun,
+    KeptRun,
+    Record,
+    become,
+    run_identity,
+)
+from analog_plugin.training.measurement import Measurement, plain_reports
 from analog_plugin.training.ranges import calibrate_plain_ranges
 from analog_plugin.training.run import TrainingRun, rehearse_training, run_training
+from analog_plugin.training.signals import Termination
 from analog_plugin.training.start import prepare_start, prepares, published_start
-from analog_plugin.training.stored import StoredTeacher
+from analog_plugin.training.stored import StoredTeacher, token_digest
 from analog_plugin.training.tokens import calibration_batches, evaluation_rows, training_rows
 
 
@@ -37,7 +53,7 @@ class AnalogResult:
     """What :func:`train_analog` made.
 
     Attributes:
-        model: The analog model, in evaluation mode.
+        model: The analog model, in evaluation mode: the one given, but where FSDP sharded that.
         recipe: The settings in force.
         reports: Measurements by name: ``"original, digital"`` (converters off; under noise: the
             noise alone), ``"off the shelf"`` (published ranges, nothing else; measured where the
@@ -63,6 +79,9 @@ def train_analog(
     tokenizer: Any = None,
     dataset: Any = None,
     train: bool = True,
+    keep: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> AnalogResult:
     """Convert ``model`` in place, calibrate its ranges, train it and measure it.
 
@@ -73,141 +92,231 @@ def train_analog(
         dataset: Training tokens instead of ``recipe.data.source``: whatever
             :func:`~analog_plugin.data.load_tokens` reads, or token ids [rows, length].
         train: False: calibrate and measure only.
+        keep: Directory for what a resumed run needs: the prepared model, training checkpoints
+            (``training: {save_steps: ..., save_total_limit: ...}``) and the trained weights. It
+            stays when the training is done; delete it when they are written elsewhere. None, or
+            ``training: {save_strategy: "no"}``: nothing is kept.
+        resume: Go on with the run in ``keep``; where there is none, begin.
+        overwrite: Forget a run in ``keep`` that is not resumed.
+
+    Several processes, started by ``accelerate launch``, train together; the first one does all
+    else, and has the reports.
 
     Raises:
         AnalogError: A setting does not fit the model or the data; the model is digital as before.
+        TrainingStopped: SIGTERM came; what was done is kept in ``keep``.
     """
     recipe = AnalogRecipe.parse(recipe)
+    processes.join(next(model.parameters()).device.type, _timeout(recipe))
     train = train and recipe.training is not None
-    times: dict[str, float] = {}
-    result = AnalogResult(model, recipe)
-    run = TrainingRun()
+    strategy = (recipe.training or {}).get("save_strategy", "steps")
+    termination, kept = Termination(), None
+    if keep is not None and train and strategy != "no":
+        identity = run_identity(model, recipe, dataset, processes.process_count())
+        kept = KeptRun(Path(keep), identity, (recipe.training or {}).get("save_total_limit") or 2)
+    with contextlib.ExitStack() as stack:
+        if kept is not None:
+            processes.by_first(partial(kept.open, resume, overwrite))
+            stack.enter_context(termination.handled())
+        return _Pipeline(model, recipe, tokenizer, dataset, train, kept, termination).run()
 
-    # All that can be refused is refused before the long work begins.
-    tokens = evaluation_rows(model, recipe, tokenizer)
-    stored = None
-    if train:
-        loss = recipe.distillation
-        if loss.teacher is not None:
-            stored = StoredTeacher(loss.teacher)
-            stored.check_loss(loss.temperature, loss.top_k, loss.teacher_dtype)
-        rehearse_training(model, recipe)
-    # The teacher keeps the original weights; it is never saved.
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    scheme = resolve_scheme(recipe.scheme)
-    start: dict[str, Any] = {}
-    convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
-    with _digital_again_on_error(model, teacher):
-        for profile in recipe.deploy.profiles:
-            exporter = lookup(exporters(), profile, "deploy profile")
-            exporter.check(model, **recipe.deploy.options(profile))
+
+class _Pipeline:
+    """One run of :func:`train_analog`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: AnalogRecipe,
+        tokenizer: Any,
+        dataset: Any,
+        train: bool,
+        kept: KeptRun | None,
+        termination: Termination,
+    ) -> None:
+        self.model, self.recipe = model, recipe
+        self.tokenizer, self.dataset, self.train = tokenizer, dataset, train
+        self.kept, self.termination = kept, termination
+        self.times: dict[str, float] = {}
+        self.result = AnalogResult(model, recipe)
+        self.start: dict[str, Any] = {}
+        self.done: TrainingRun | None = None
+        self.restored = False  # the trained model, not only the start
+
+    def run(self) -> AnalogResult:
+        recipe, train = self.recipe, self.train
+        # All that can be refused is refused before the long work begins.
+        self.tokens = processes.by_first(
+            lambda: evaluation_rows(self.model, recipe, self.tokenizer)
+        )
+        self.stored = None
+        if train:
+            loss = recipe.distillation
+            if loss.teacher is not None:
+                self.stored = StoredTeacher(loss.teacher)
+                self.stored.check_loss(loss.temperature, loss.top_k, loss.teacher_dtype)
+            rehearse_training(self.model, recipe)
+        # The teacher keeps the original weights; it is never saved.
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.scheme = resolve_scheme(recipe.scheme)
+        with _digital_again_on_error(self.model, self.teacher):
+            shared = processes.by_first(self._prepare)
+            if processes.process_rank() > 0:
+                self._follow(*shared)
+            processes.share_model(self.model)
+        if train and self.done is None:
+            source = self.teacher if self.stored is None else self.stored
+            if self.stored is not None:  # what is measured from now on needs but its head
+                self.measure.forget_model()
+                self.measure_plain.forget_model()
+            del self.teacher
+            with self._timed("training"):
+                self.done, self.model = run_training(
+                    self.model, source, self.rows, recipe, self.kept, self.termination
+                )
+            self.result.model = self.model
+        processes.by_first(self._finish)
+        return self.result
+
+    def _prepare(self) -> tuple[Any, ...]:
+        """All before the first step, or what was kept of it; returns what other processes need."""
+        model, recipe, scheme, teacher = self.model, self.recipe, self.scheme, self.teacher
+        state = None if self.kept is None else self.kept.state()
+        if state is None:
+            convert_to_analog(model, scheme, recipe.ignore, recipe.targets)
+            for profile in recipe.deploy.profiles:
+                exporter = lookup(exporters(), profile, "deploy profile")
+                exporter.check(model, **recipe.deploy.options(profile))
         prefix = None
         if scheme.prefix is not None:
             prefix = install_prefix(teacher, prefix_tokens(teacher, scheme.prefix))
-        if stored is not None:
-            stored.check(teacher)
+        if self.stored is not None:
+            self.stored.check(teacher)
         remove_prefix(teacher)  # for now: tokens are sampled from the model as it came
-        with _timed(times, "data"):
-            rows = training_rows(teacher, recipe, tokenizer, dataset)
-        if stored is not None:
-            stored.dataset(rows)  # refuses other tokens
-        batches, held_out = calibration_batches(model, rows, recipe)
-        with _timed(times, "evaluation"):
-            measure = measure_plain = _Measurement(teacher, result, tokens)
-            measure("original, digital", converters=False)
-            if tokens is not None and prepares(scheme):
-                with published_start(model, batches, held_out):
-                    measure("off the shelf")
+        with self._timed("data"):
+            self.rows = training_rows(teacher, recipe, self.tokenizer, self.dataset)
+        if self.stored is not None:
+            self.stored.dataset(self.rows)  # refuses other tokens
+        if state is not None:
+            assert self.kept is not None
+            self._restore(self.kept, *state)
+        self.batches, held_out = calibration_batches(model, self.rows, recipe)
+        reports = self.result.reports
+        with self._timed("evaluation"):
+            measure = measure_plain = Measurement(teacher, recipe, self.tokens, reports)
+            if state is None:
+                measure("original, digital", model, converters=False)
+                if self.tokens is not None and prepares(scheme):
+                    with published_start(model, self.batches, held_out):
+                        measure("off the shelf", model)
         if prefix is not None:
             install_prefix(teacher, prefix)
-            install_prefix(model, prefix)
-            measure = _Measurement(teacher, result, tokens)  # the original has the prefix too
-        in_training = train and scheme.range_init_in_training
-        if not in_training or tokens is not None or prepares(scheme):
-            with _timed(times, "calibration"):
-                noise = resolve_noise(recipe.calibration.noise)
-                start = prepare_start(model, batches, held_out, noise)
-        with _timed(times, "evaluation"):
-            measure("original")
-    if train:
-        source = teacher if stored is None else stored
-        if stored is not None:  # what is measured from now on needs but its head
-            measure.forget_model()
-            measure_plain.forget_model()
-        del teacher
-        with _timed(times, "training"):
-            run = run_training(model, source, rows, recipe)
-        with _timed(times, "evaluation"):
-            measure("analog-trained")
-    model.eval()
-    if scheme.prefix is not None:
-        with _timed(times, "calibration"):
-            calibrate_plain_ranges(model, batches)
-    for profile in recipe.deploy.profiles:
-        with _timed(times, "export"):
-            options = recipe.deploy.options(profile)
-            plan = plan_export(model, profile, batches=batches, **options)
-            result.plans[profile] = plan
-        with _timed(times, "evaluation"):
-            measure_plain.reading(lookup(exporters(), profile, "deploy profile"), plan)
-    layers = dict(analog_layers(model))
-    result.training = {
-        "steps": run.steps,
-        "skipped_steps": run.skipped_steps,
-        "tokens": run.tokens,
-        "dataset_tokens": rows.numel(),
-        "sequence_length": rows.shape[1],
-        "seed": recipe.seed,
-        "analog_layers": len(layers),
-        "analog_weights": sum(layer.weight.numel() for layer in layers.values()),
-        "start": start,
-        "seconds": {name: round(value, 1) for name, value in times.items()},
-        "versions": _versions(),
-        "loss_history": run.history,
-    }
-    return result
-
-
-class _Measurement:
-    """Puts reports into a result: the model against its teacher, as the recipe asks."""
-
-    def __init__(self, teacher: nn.Module, result: AnalogResult, tokens: Tensor | None) -> None:
-        self.settings, self.result, self.tokens = result.recipe.evaluation, result, tokens
-        if self.settings is not None and tokens is not None:
-            self.reference = Reference.of(teacher, tokens, self.settings.batch_size)
-
-    def forget_model(self) -> None:
-        """Keep nothing of the teacher but its head and what it made of the tokens."""
-        if self.settings is not None and self.tokens is not None:
-            self.reference.states = self.reference.states.head_alone()
-
-    def __call__(self, name: str, **options: Any) -> None:
-        if self.settings is None or self.tokens is None:
-            return
-        self.result.reports[name] = evaluate_noise(
-            self.result.model,
-            self.tokens,
-            (None, *self.settings.noise),
-            self.settings.seeds,
-            reference=self.reference,
-            batch_size=self.settings.batch_size,
-            label=name,
-            **options,
+            if state is None:
+                install_prefix(model, prefix)
+            # The original has the prefix too.
+            measure = Measurement(teacher, recipe, self.tokens, reports)
+        self.measure, self.measure_plain = measure, measure_plain
+        if state is None:
+            in_training = self.train and scheme.range_init_in_training
+            if not in_training or self.tokens is not None or prepares(scheme):
+                with self._timed("calibration"):
+                    noise = resolve_noise(recipe.calibration.noise)
+                    self.start = prepare_start(model, self.batches, held_out, noise)
+            with self._timed("evaluation"):
+                measure("original", model)
+            self._keep(START)
+        return (
+            self.rows,
+            model_scheme(model).to_dict(),
+            prefix,
+            installed_prefix(model),
+            self.done,
         )
 
-    def reading(self, exporter: Exporter, plan: Any) -> None:
-        """Measure what loaders without this package will make of the profile."""
-        if self.settings is None or self.tokens is None or exporter.reading is None:
+    def _follow(self, rows: Tensor, scheme: Any, prefix: Any, own: Any, done: Any) -> None:
+        """Take over in another process what the first prepared, but for the weights."""
+        self.rows, self.done = rows, done
+        become(self.model, scheme, own, self.recipe)
+        if prefix is not None:
+            install_prefix(self.teacher, prefix)
+        self.measure = self.measure_plain = Measurement(self.teacher, self.recipe, None, {})
+
+    def _finish(self) -> None:
+        """All after the last step."""
+        model, recipe, result = self.model, self.recipe, self.result
+        if self.done is not None and self.train:
+            if not self.restored:
+                self._keep(TRAINED)
+            with self._timed("evaluation"):
+                self.measure("analog-trained", model)
+        model.eval()
+        if self.scheme.prefix is not None:
+            with self._timed("calibration"):
+                calibrate_plain_ranges(model, self.batches)
+        for profile in recipe.deploy.profiles:
+            with self._timed("export"):
+                options = recipe.deploy.options(profile)
+                plan = plan_export(model, profile, batches=self.batches, **options)
+                result.plans[profile] = plan
+            with self._timed("evaluation"):
+                exporter = lookup(exporters(), profile, "deploy profile")
+                self.measure_plain.reading(model, exporter, plan)
+        layers = dict(analog_layers(model))
+        run = TrainingRun() if self.done is None else self.done
+        result.training = {
+            "steps": run.steps,
+            "skipped_steps": run.skipped_steps,
+            "tokens": run.tokens,
+            "dataset_tokens": self.rows.numel(),
+            "sequence_length": self.rows.shape[1],
+            "seed": recipe.seed,
+            "processes": processes.process_count(),
+            "analog_layers": len(layers),
+            "analog_weights": sum(layer.weight.numel() for layer in layers.values()),
+            "start": self.start,
+            "seconds": {name: round(value, 1) for name, value in self.times.items()},
+            "versions": _versions(),
+            "loss_history": run.history,
+        }
+
+    def _keep(self, name: str) -> None:
+        if self.kept is None:
             return
-        model, size = self.result.model, self.settings.batch_size
+        record = {
+            "tokens": token_digest(self.rows),
+            "start": self.start,
+            "reports": plain_reports(self.result.reports),
+            "seconds": self.times,
+            "run": None if self.done is None else asdict(self.done),
+        }
+        self.kept.save_state(name, self.model, record)
+
+    def _restore(self, kept: KeptRun, place: Path, record: Record) -> None:
+        if record.tokens != token_digest(self.rows):
+            raise AnotherRun(
+                f"{kept.directory} is another run: it began with other training tokens; resume "
+                "with those, or delete it and begin anew."
+            )
+        kept.restore(self.model, place, self.recipe)
+        print(f"Resumed what {place} holds.")
+        self.start, self.times = dict(record.start), dict(record.seconds)
+        reports = self.result.reports
+        reports |= {name: NoiseReport.from_dict(r) for name, r in record.reports.items()}
+        if record.run is not None:
+            self.done, self.restored = TrainingRun(**record.run), True
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Add the seconds spent in the block to ``times[name]``."""
+        start = time.perf_counter()
         try:
-            with exporter.reading(model, plan), evaluation_mode(model):
-                metrics = dict(fidelity(model, self.tokens, self.reference, size))
-        except torch.OutOfMemoryError:  # rounded weights stand beside the others; training is done
-            return
-        several = len(self.result.recipe.deploy.profiles) > 1
-        name = f"loaded plainly, {exporter.name}" if several else "loaded plainly"
-        self.result.reports[name] = NoiseReport([NoiseCell("none", None, metrics)])
+            yield
+        finally:
+            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+
+def _timeout(recipe: AnalogRecipe) -> float:
+    return (recipe.training or {}).get("ddp_timeout", processes.DEFAULT_TIMEOUT)
 
 
 def _versions() -> dict[str, str]:
@@ -227,23 +336,14 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _timed(times: dict[str, float], name: str) -> Iterator[None]:
-    """Add the seconds spent in the block to ``times[name]``."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        times[name] = times.get(name, 0.0) + time.perf_counter() - start
-
-
-@contextlib.contextmanager
 def _digital_again_on_error(model: nn.Module, original: nn.Module) -> Iterator[None]:
     """What fails in the block leaves ``model`` as it was before its conversion."""
     try:
         yield
     except BaseException:
         remove_prefix(model)
-        to_digital(model)
+        if any(analog_layers(model)):
+            to_digital(model)
         with torch.no_grad():  # rescaling may have been folded in
             for parameter, kept in zip(model.parameters(), original.parameters(), strict=True):
                 parameter.copy_(kept)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,16 @@ from transformers import TrainerCallback
 from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.layers import analog_layers, forward_state
 from analog_plugin.modes import evaluation_mode
+from analog_plugin.processes import by_first, process_rank
 from analog_plugin.recipe import AnalogRecipe, split_training
+from analog_plugin.training.kept import KeptRun
+from analog_plugin.training.sharded import Skeleton
+from analog_plugin.training.signals import (
+    KeptInterrupts,
+    StopsOnRequest,
+    Termination,
+    TrainingStopped,
+)
 from analog_plugin.training.stored import StoredTeacher
 from analog_plugin.training.trainer import AnalogTrainer
 
@@ -85,7 +93,14 @@ class _StopBeforeStep(TrainerCallback):
         raise _Rehearsed
 
 
-def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -> TrainingRun:
+def run_training(
+    model: Any,
+    teacher: Any,
+    rows: Tensor,
+    recipe: AnalogRecipe,
+    kept: KeptRun | None = None,
+    termination: Termination | None = None,
+) -> tuple[TrainingRun, Any]:
     """Train the analog ``model`` on ``rows``; all but its weights is afterwards as before.
 
     Args:
@@ -93,13 +108,20 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
         teacher: The digital original, or what is stored of it for these rows.
         rows: Token ids [rows, length].
         recipe: The settings.
+        kept: Where training checkpoints go, and from where training goes on; None: nowhere.
+        termination: Ends the training after a step, once it is requested.
+
+    Returns:
+        What was done, and the trained model: ``model`` itself, but where FSDP sharded it another
+        one, whole, in the first process.
 
     Raises:
-        AnalogError: Training diverged, or has no whole batch.
+        AnalogError: Training diverged, has no whole batch, or a checkpoint could not be written.
+        TrainingStopped: SIGTERM came; there is a checkpoint of the last step.
     """
     own, _ = split_training(recipe.training)
     with _kept(model), torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
-        args = _arguments(model, recipe, scratch)
+        args = _arguments(model, recipe, scratch, saves=kept is not None)
         if args.dataloader_drop_last and len(rows) < args.train_batch_size * args.world_size:
             raise AnalogError(
                 f"training: dataloader_drop_last leaves no batch of {args.train_batch_size} from "
@@ -109,7 +131,7 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
             analog = {id(p) for _, layer in analog_layers(model) for p in layer.parameters()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in analog and parameter.requires_grad)
-        trainer = AnalogTrainer(
+        trainer = _KeepingTrainer(
             model,
             teacher=teacher,
             args=args,
@@ -122,62 +144,66 @@ def run_training(model: Any, teacher: Any, rows: Tensor, recipe: AnalogRecipe) -
             keep_noise=own.keep_noise,
             **recipe.distillation.model_dump(exclude={"teacher"}),
         )
-        interrupts = _KeptInterrupts()
+        trainer.kept = kept
+        skeleton = Skeleton(model) if trainer.is_fsdp_enabled else None
+        termination = Termination() if termination is None else termination
+        interrupts, stops = KeptInterrupts(), StopsOnRequest(termination)
         trainer.add_callback(interrupts)
+        if kept is not None:
+            trainer.add_callback(stops)
+        checkpoint = None if kept is None else by_first(kept.latest_checkpoint)
+        if checkpoint is not None and process_rank() == 0:
+            print(f"Training goes on from {checkpoint}.")
         try:
-            with interrupts.kept():
-                trainer.train()
+            with interrupts.kept(), termination.deferred():
+                trainer.train(None if checkpoint is None else str(checkpoint))
         finally:
             model.eval()
             model.zero_grad()
             forward_state(model).seed = None
-    return TrainingRun(
+    if stops.stopped:
+        raise TrainingStopped(
+            f"The training was stopped by SIGTERM after step {trainer.state.global_step}, and "
+            "goes on from there with --resume (resume=True)."
+        )
+    run = TrainingRun(
         trainer.state.global_step,
         trainer.analog_callback.skipped_steps,
         trainer.state.num_input_tokens_seen,
         [entry for entry in trainer.state.log_history if "loss" in entry],
     )
+    return run, model if skeleton is None else skeleton.filled(model)
 
 
-class _KeptInterrupts(TrainerCallback):
-    """An interrupt that a library swallows is raised again after the step.
+class _KeepingTrainer(AnalogTrainer):
+    """Puts its checkpoints into a :class:`KeptRun`, whole or not at all."""
 
-    C code may clear any exception, that of Ctrl-C too: ``PyObject_HasAttr`` does.
-    """
+    kept: KeptRun | None = None
 
-    def __init__(self) -> None:
-        self.pending = False
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Note interrupts within this context; a handler of somebody else's stays."""
-        ours = threading.current_thread() is threading.main_thread()
-        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # After the last step the trained weights are kept, without the optimizer.
+        if self.kept is None or self.state.global_step >= self.state.max_steps:
             return
+        usual = self.args.output_dir
 
-        def note(number: int, frame: Any) -> None:
-            self.pending = True
-            signal.default_int_handler(number, frame)
+        def write(place: Path) -> None:
+            self.args.output_dir = str(place)
+            super(_KeepingTrainer, self)._save_checkpoint(model, trial)
 
-        signal.signal(signal.SIGINT, note)
         try:
-            yield
+            self.kept.save_checkpoint(self.state.global_step, write)
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.pending:
-            raise KeyboardInterrupt
+            self.args.output_dir = usual
 
 
-def _arguments(model: Any, recipe: AnalogRecipe, scratch: str) -> Any:
+def _arguments(model: Any, recipe: AnalogRecipe, scratch: str, saves: bool = False) -> Any:
     from transformers import TrainingArguments
 
     _, given = split_training(recipe.training)
     defaults = {
         "report_to": "none",
-        "save_strategy": "no",
+        "ddp_find_unused_parameters": False,
+        "save_total_limit": 2,
         "seed": recipe.seed,
         "logging_steps": 10,
         "remove_unused_columns": False,
@@ -185,6 +211,8 @@ def _arguments(model: Any, recipe: AnalogRecipe, scratch: str) -> Any:
     }
     # The record of the training tells the tokens.
     fixed = {"output_dir": scratch, "include_num_input_tokens_seen": "all"}
+    if not saves:
+        fixed["save_strategy"] = "no"
     return TrainingArguments(**(defaults | given | fixed))
 
 

@@ -1,0 +1,121 @@
+"""Whole runs in processes of their own, which may be killed: forked from one that has imported all.
+
+A fresh process takes many seconds to import torch and transformers; a fork of a prepared one takes
+none. Nothing computes in the prepared one, so no threads are lost by forking.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["accelerate", "transformers.models.llama.modeling_llama", "analog_integrations.optimum.cli",
+     "analog_integrations.optimum.export", "optimum.commands", "runs"]
+)  # fmt: skip
+
+
+class Run:
+    """``work(*arguments)`` in a process of its own, its output in ``log``."""
+
+    def __init__(self, log, work, *arguments, **environment):
+        kept = {k: v for k, v in os.environ.items() if k.startswith(("ANALOG_", "HF_"))}
+        environment = kept | {"OMP_NUM_THREADS": "1"} | environment
+        self.log = Path(log)
+        self.process = _context.Process(
+            target=_child, args=(str(log), environment, work, arguments), daemon=True
+        )
+        self.process.start()
+
+    def wait(self, seconds=None):
+        """The exit status, negative for a signal; None: still running after ``seconds``."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def send(self, number=signal.SIGKILL):
+        os.kill(self.process.pid, number)
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+
+def launch(count, log, work, *arguments, **environment):
+    """The same work in ``count`` processes, as ``accelerate launch`` starts them."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(count),
+    } | environment  # fmt: skip
+    return [
+        Run(f"{log}.{rank}", work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(count)
+    ]
+
+
+def export(*arguments, before=None):
+    """``optimum-cli export analog`` with these arguments; ``before()`` may break something."""
+    from optimum.commands.optimum_cli import main
+
+    if before is not None:
+        before()
+    sys.argv = ["optimum-cli", "export", "analog", *map(str, arguments)]
+    main()
+
+
+def sharded():
+    """Let Accelerate use FSDP on a CPU, which it reserves for accelerators; torch can."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    usual = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        usual(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = (
+                DistributedType.FSDP
+            )
+
+    AcceleratorState.__init__ = init
+
+
+def tensors(directory):
+    """All tensors of a checkpoint, by file and name."""
+    return {
+        f"{path.relative_to(directory)}/{name}": tensor
+        for path in sorted(Path(directory).rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def different(first, second):
+    """Names of tensors that two checkpoints do not hold alike, to the bit."""
+    one, two = tensors(first), tensors(second)
+    assert one.keys() == two.keys() and one
+    return [name for name in one if not torch.equal(one[name], two[name])]
+
+
+def _child(log, environment, work, arguments):
+    os.environ.update(environment)
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        torch.set_num_threads(1)
+        work(*arguments)
+
+
+def sharded_export(*arguments):
+    export(*arguments, before=sharded)
