@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -62,17 +63,27 @@ def launch(count, log, work, *arguments, **environment):
     ]
 
 
-def export(*arguments, before=None):
-    """``optimum-cli export analog`` with these arguments; ``before()`` may break something."""
+def export(*arguments):
+    """``optimum-cli export analog`` with these arguments."""
     from optimum.commands.optimum_cli import main
 
-    if before is not None:
-        before()
     sys.argv = ["optimum-cli", "export", "analog", *map(str, arguments)]
     main()
 
 
-def sharded():
+def broken_export(before, *arguments):
+    """The same after ``before()``, which breaks something."""
+    before()
+    export(*arguments)
+
+
+def sharded_export(*arguments):
+    """The same with the weights sharded by FSDP2."""
+    _allow_fsdp_on_cpu()
+    export(*arguments)
+
+
+def _allow_fsdp_on_cpu():
     """Let Accelerate use FSDP on a CPU, which it reserves for accelerators; torch can."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
@@ -114,8 +125,8 @@ def _child(log, environment, work, arguments):
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
         torch.set_num_threads(1)
-        work(*arguments)
-
-
-def sharded_export(*arguments):
-    export(*arguments, before=sharded)
+        try:
+            work(*arguments)
+        except Exception:
+            traceback.print_exc()
+            raise

@@ -213,7 +213,11 @@ def _arguments(model: Any, recipe: AnalogRecipe, scratch: str, saves: bool = Fal
     fixed = {"output_dir": scratch, "include_num_input_tokens_seen": "all"}
     if not saves:
         fixed["save_strategy"] = "no"
-    return TrainingArguments(**(defaults | given | fixed))
+    args = TrainingArguments(**(defaults | given | fixed))
+    if args.device.type == "cpu" and args.device.index is not None:
+        # What several processes on CPUs are given; torch.load knows no cpu:0.
+        vars(args)["_setup_devices"] = torch.device("cpu")
+    return args
 
 
 @contextlib.contextmanager
