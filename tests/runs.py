@@ -130,3 +130,30 @@ def _child(log, environment, work, arguments):
         except Exception:
             traceback.print_exc()
             raise
+
+
+def clip_in_parts(shapes, alpha):
+    """Compare clipping of weights in parts, by rows and by columns, with that of whole ones."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    from analog_plugin import processes
+    from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
+
+    processes.join("cpu")
+    mesh = init_device_mesh("cpu", (processes.process_count(),))
+    for seed, shape in enumerate(shapes):
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for transposed in (False, True):  # as FSDP2 shards nn.Linear's and Conv1D's weights
+            stored = whole.t().contiguous() if transposed else whole.clone()
+            parts = distribute_tensor(stored, mesh, [Shard(0)])
+            seen = parts.t() if transposed else parts
+            peak = peak_to_sigma(whole)
+            assert abs(peak_to_sigma(seen) - peak) <= 1e-6 * peak, (shape, transposed)
+            expected = whole.clone()
+            clip_to_sigma(expected, alpha)
+            clip_to_sigma(seen, alpha)
+            made = parts.full_tensor()
+            torch.testing.assert_close(
+                made.t() if transposed else made, expected, rtol=1e-6, atol=1e-7
+            )
+    print("compared", len(shapes))

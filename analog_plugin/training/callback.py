@@ -81,6 +81,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seed the noise, and begin or go on: counts, and from where an annealed clip starts."""
+        refuse_deepspeed(args)
         model = kwargs["model"]
         self._begin(state)
         shared = forward_state(model)
@@ -185,6 +186,21 @@ class AnalogCallback(TrainerCallback, ExportableState):
             alpha = clip_alpha(layer.scheme, self.clip_start.get(name), done)
             if alpha is not None:
                 clip_to_sigma(layer.tile_weight, alpha)
+
+
+def refuse_deepspeed(args: Any) -> None:
+    """Refuse a trainer that takes its step where nothing can be added to it.
+
+    Raises:
+        AnalogError: ``args`` name DeepSpeed.
+    """
+    kind = getattr(getattr(args, "distributed_state", None), "distributed_type", "")
+    if getattr(args, "deepspeed", None) or "DEEPSPEED" in str(kind):
+        raise AnalogError(
+            "DeepSpeed takes its optimizer step within the backward and keeps its own copy of the "
+            "weights, so that clipping and ranges would be lost; shard by FSDP2 instead "
+            "(accelerate launch with fsdp_version: 2)."
+        )
 
 
 def clip_alpha(scheme: Any, start: float | None, done: float) -> float | None:

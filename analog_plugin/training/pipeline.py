@@ -155,7 +155,7 @@ class _Pipeline:
             if loss.teacher is not None:
                 self.stored = StoredTeacher(loss.teacher)
                 self.stored.check_loss(loss.temperature, loss.top_k, loss.teacher_dtype)
-            rehearse_training(self.model, recipe)
+            rehearse_training(self.model, recipe, self.kept is not None)
         # The teacher keeps the original weights; it is never saved.
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.scheme = resolve_scheme(recipe.scheme)

@@ -18,8 +18,9 @@ from analog_plugin.layers import analog_layers, forward_state
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.processes import by_first, process_rank
 from analog_plugin.recipe import AnalogRecipe, split_training
+from analog_plugin.training.callback import refuse_deepspeed
 from analog_plugin.training.kept import KeptRun
-from analog_plugin.training.sharded import Skeleton
+from analog_plugin.training.sharded import Skeleton, check_plugin
 from analog_plugin.training.signals import (
     KeptInterrupts,
     StopsOnRequest,
@@ -46,12 +47,13 @@ class TrainingRun:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def rehearse_training(model: Any, recipe: AnalogRecipe) -> None:
+def rehearse_training(model: Any, recipe: AnalogRecipe, saves: bool = False) -> None:
     """Begin the training on rows of two tokens, and stop before a step changes anything.
 
     Args:
         model: The digital model; it is not changed.
         recipe: Its ``training`` is looked at.
+        saves: Whether training checkpoints will be written.
 
     Raises:
         AnalogError: The recipe's training does not run.
@@ -66,17 +68,21 @@ def rehearse_training(model: Any, recipe: AnalogRecipe) -> None:
         tempfile.TemporaryDirectory() as scratch,
     ):
         try:
-            args = _arguments(model, recipe, scratch)
+            args = _arguments(model, recipe, scratch, saves)
             # The first takes minutes, the others leave hooks where training stops halfway.
             args.torch_compile, args.neftune_noise_alpha, args.debug = False, None, []
             rows = [{"input_ids": tokens, "labels": tokens}] * args.train_batch_size
             trainer = Trainer(model, args=args, train_dataset=rows)
-            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            refuse_deepspeed(args)
+            if trainer.is_fsdp_enabled:
+                check_plugin(trainer.accelerator.state.fsdp_plugin, saves)
                 return  # beginning would shard the model
             # Instead of those that would open a run in a logging service.
             trainer.callback_handler.callbacks = [_StopBeforeStep()]
             with contextlib.suppress(_Rehearsed):
                 trainer.train()
+        except AnalogError:
+            raise
         # Optimizers, schedulers, loaders and loggers of many packages raise whatever they like.
         except Exception as error:
             raise AnalogError(f"training: {one_line(error)}") from error

@@ -26,11 +26,7 @@ def keep_ranges_whole(plugin: Any, model: nn.Module) -> None:
     Raises:
         AnalogError: It is the first version of FSDP.
     """
-    if plugin.fsdp_version != 2:
-        raise AnalogError(
-            "FSDP of version 1 flattens weights, so that their columns are lost; write "
-            "fsdp_version: 2."
-        )
+    check_plugin(plugin, saves=False)
     ignored = plugin.ignored_modules or []
     if isinstance(ignored, str):
         pattern = re.compile(ignored)
@@ -39,6 +35,29 @@ def keep_ranges_whole(plugin: Any, model: nn.Module) -> None:
     plugin.ignored_modules = [*ignored, ranges]
     # Every process has the weights, and ranges that are not sharded could not be sent this way.
     plugin.cpu_ram_efficient_loading = False
+
+
+def check_plugin(plugin: Any, saves: bool) -> None:
+    """Refuse ways of sharding that do not serve.
+
+    Args:
+        plugin: Accelerate's ``FullyShardedDataParallelPlugin``.
+        saves: Whether training checkpoints will be written, and read again.
+
+    Raises:
+        AnalogError: It is the first version of FSDP, or checkpoints would be read by pickle.
+    """
+    if plugin.fsdp_version != 2:
+        raise AnalogError(
+            "FSDP of version 1 flattens weights, so that their columns are lost; write "
+            "fsdp_version: 2."
+        )
+    if saves and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise AnalogError(
+            "Sharded training checkpoints are read by pickle, which runs what a file says; write "
+            "fsdp_state_dict_type: FULL_STATE_DICT, or in the recipe training: {save_strategy: "
+            '"no"}.'
+        )
 
 
 class Unhooked(nn.Module):
