@@ -88,6 +88,12 @@ class AnalogCallback(TrainerCallback, ExportableState):
         shared.seed = args.seed if self.seed is None else self.seed
         shared.noise_per, shared.keep_noise = self.noise_per, self.keep_noise
         for name, layer in analog_layers(model):
+            if is_sharded(layer.input_range):
+                raise AnalogError(
+                    "FSDP sharded the input ranges; before training call "
+                    "keep_ranges_whole(trainer.accelerator.state.fsdp_plugin, model) from "
+                    "analog_plugin.training.sharded, or use AnalogTrainer, which does."
+                )
             layer.clip_counts.zero_()
             if layer.scheme.clip_schedule == "anneal" and name not in self.clip_start:
                 self.clip_start[name] = peak_to_sigma(layer.tile_weight)

@@ -7,10 +7,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from analog_plugin.checkpoint.layout import verify_manifest, write_manifest
@@ -23,6 +23,7 @@ from analog_plugin.processes import by_first, gathered
 from analog_plugin.recipe import AnalogRecipe
 from analog_plugin.scheme import AnalogScheme
 from analog_plugin.training.bound import set_out_bound
+from analog_plugin.training.record import Record, difference
 
 #: The prepared model before the first step, and the trained one after the last.
 START, TRAINED = "start", "trained"
@@ -30,8 +31,6 @@ _CHECKPOINT = "checkpoint-"
 _STATE, _RECORD = "state.safetensors", "record.json"
 _TRAINER_STATE = "trainer_state.json"
 _PREFIX = "digital-prefix/"
-#: What comes after training: at resume it may be another.
-_FREE = ("deploy",)
 
 
 def training_directory(output: str | Path) -> Path:
@@ -48,52 +47,6 @@ class AnotherRun(AnalogError):
     """What is kept is not to be gone on with, or not of this run."""
 
 
-class Record(BaseModel):
-    """What is known beside the weights.
-
-    Attributes:
-        identity: Of the run: see :func:`run_identity`.
-        scheme: The model's, with all that was chosen for it.
-        start: What :func:`~analog_plugin.training.start.prepare_start` did.
-        reports: Measurements so far.
-        seconds: Time spent so far, by part.
-        tokens: Hash of the training tokens.
-        run: What the training did, once it is done.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    format: Literal[1] = 1
-    identity: dict[str, Any]
-    scheme: dict[str, Any]
-    tokens: str
-    start: dict[str, Any] = {}
-    reports: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
-    run: dict[str, Any] | None = None
-
-
-def run_identity(model: nn.Module, recipe: AnalogRecipe, dataset: Any, processes: int) -> dict:
-    """What must be the same where a run is resumed, as plain values by name.
-
-    Args:
-        model: The digital original.
-        recipe: The settings in force.
-        dataset: What is trained on instead of the recipe's data.
-        processes: Their number.
-    """
-    from analog_plugin.data.generate import fingerprint
-
-    if isinstance(dataset, Tensor):
-        dataset = f"{tuple(dataset.shape)} tokens, {int(dataset.sum())}"
-    fields = recipe.model_dump(mode="json", exclude=set(_FREE))
-    return {
-        "model": fingerprint(model),
-        "dataset": None if dataset is None else str(dataset),
-        "processes": processes,
-        "recipe": json.loads(json.dumps(fields)),
-    }
-
-
 class KeptRun:
     """The directory of one run: ``start``, ``checkpoint-N`` and ``trained``, each whole or absent.
 
@@ -103,36 +56,59 @@ class KeptRun:
 
     Args:
         directory: See :func:`training_directory`.
-        identity: See :func:`run_identity`.
+        identity: See :func:`~analog_plugin.training.record.run_identity`.
         limit: Training checkpoints to keep; the last whole one always is.
+        resume: Go on with what is there.
+        overwrite: Forget it, where it is not resumed.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any], limit: int = 2) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        identity: Mapping[str, Any],
+        limit: int = 2,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         self.directory, self.identity, self.limit = directory, dict(identity), max(limit, 1)
+        self.resume, self.overwrite = resume, overwrite
         self._writing = contextlib.ExitStack()
 
-    def open(self, resume: bool, overwrite: bool = False) -> None:
+    def open(self) -> None:
         """Begin, or go on with what is there.
 
         Raises:
             AnalogError: There is a run and it is neither to be resumed nor overwritten, or it is
                 a run of something else.
         """
-        kept = self.directory.is_dir() and any(self.directory.iterdir())
-        if kept and not (resume or overwrite):
+        kept = what_is_kept(self.directory)
+        if kept and not (self.resume or self.overwrite):
             raise AnotherRun(
                 f"{self.directory} holds a run that was broken off; go on with --resume "
                 "(resume=True), or delete it."
             )
-        if kept and not resume:
-            self.remove()
+        if not self.resume:
+            forget_run(self.directory)
         self._mend()
-        if resume and (found := self._latest_state()) is not None:
+        if self.resume and (found := self.state()) is not None:
             self._check_identity(found[1].identity)
 
     def state(self) -> tuple[Path, Record] | None:
         """The latest of ``trained`` and ``start`` that is whole, and its record."""
-        return self._latest_state()
+        for name in (TRAINED, START):
+            place = self.directory / name
+            if not place.is_dir():
+                continue
+            fault = _fault(place, (_STATE, _RECORD))
+            if fault is None:
+                return place, self._record(place)
+            print(f"{place} is damaged and left out: {fault}.")
+            shutil.rmtree(place, ignore_errors=True)
+        # Checkpoints hold no scheme: without a start there is nothing to put them into.
+        for step in _steps(self.directory):
+            shutil.rmtree(self._checkpoint(step), ignore_errors=True)
+        return None
 
     def save_state(self, name: str, model: nn.Module, record: Mapping[str, Any]) -> None:
         """Keep the model's weights, ranges, counters and prefix, and what is known beside them.
@@ -214,10 +190,6 @@ class KeptRun:
         failures = [failed for failed in gathered(failure) if failed is not None]
         by_first(lambda: self._end_checkpoint(step, place, failures))
 
-    def remove(self) -> None:
-        """Forget the run: its output is there."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def _begin_checkpoint(self, step: int) -> Path:
         try:
             return self._writing.enter_context(
@@ -248,21 +220,6 @@ class KeptRun:
             f"room, and go on with --resume. {before}"
         )
 
-    def _latest_state(self) -> tuple[Path, Record] | None:
-        for name in (TRAINED, START):
-            place = self.directory / name
-            if not place.is_dir():
-                continue
-            fault = _fault(place, (_STATE, _RECORD))
-            if fault is None:
-                return place, self._record(place)
-            print(f"{place} is damaged and left out: {fault}.")
-            shutil.rmtree(place, ignore_errors=True)
-        # Checkpoints hold no scheme: without a start there is nothing to put them into.
-        for step in _steps(self.directory):
-            shutil.rmtree(self._checkpoint(step), ignore_errors=True)
-        return None
-
     def _record(self, place: Path) -> Record:
         try:
             record = Record.model_validate(read_json(place / _RECORD))
@@ -275,10 +232,10 @@ class KeptRun:
         return record
 
     def _check_identity(self, before: Mapping[str, Any]) -> None:
-        difference = _difference(before, self.identity)
-        if difference is not None:
+        differs = difference(before, self.identity)
+        if differs is not None:
             raise AnotherRun(
-                f"{self.directory} is another run: {difference}; resume with what it began with, "
+                f"{self.directory} is another run: {differs}; resume with what it began with, "
                 "or delete it and begin anew."
             )
 
@@ -310,6 +267,15 @@ def what_is_kept(directory: Path) -> str:
     if (directory / START).is_dir():
         return f"The prepared model is kept in {directory}."
     return ""
+
+
+def forget_run(directory: Path) -> None:
+    """Delete what a run kept, and the directory where nothing else is in it."""
+    own = (START, TRAINED, f"{_CHECKPOINT}*", ".*.partial-*", ".*.replaced")
+    for path in [path for pattern in own for path in directory.glob(pattern)]:
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def become(
@@ -348,19 +314,3 @@ def _fault(place: Path, required: Iterable[str]) -> str | None:
     except AnalogError as error:
         return str(error).split(";")[0].rstrip(".")
     return None
-
-
-def _difference(before: Any, now: Any, where: str = "") -> str | None:
-    """The first difference between two plain values, in words."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in dict.fromkeys((*before, *now)):
-            below = key if where in ("", "recipe") else f"{where}.{key}"
-            found = _difference(before.get(key), now.get(key), below)
-            if found is not None:
-                return found
-        return None
-    if before == now:
-        return None
-    if where == "model":
-        return "it began with another model, or in another dtype"
-    return f"{where} was {before!r}, and is {now!r}"

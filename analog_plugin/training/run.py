@@ -74,6 +74,11 @@ def rehearse_training(model: Any, recipe: AnalogRecipe, saves: bool = False) -> 
             rows = [{"input_ids": tokens, "labels": tokens}] * args.train_batch_size
             trainer = Trainer(model, args=args, train_dataset=rows)
             refuse_deepspeed(args)
+            if saves and args.save_only_model:
+                raise AnalogError(
+                    "training: save_only_model keeps no optimizer, so nothing could be resumed; "
+                    'leave it out, or write save_strategy: "no".'
+                )
             if trainer.is_fsdp_enabled:
                 check_plugin(trainer.accelerator.state.fsdp_plugin, saves)
                 return  # beginning would shard the model

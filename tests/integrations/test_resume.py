@@ -8,7 +8,7 @@ import time
 import pytest
 import runs
 
-from analog_plugin.training import kept, pipeline
+from analog_plugin.training import kept, stages
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def die_before_the_manifest():
 
 
 def die_before_training():
-    pipeline.run_training = die
+    stages.run_training = die
 
 
 def die_after_training():
-    pipeline.plan_export = die
+    stages.plan_export = die
 
 
 def test_a_killed_command_goes_on_to_the_same_bits(arguments, tmp_path):

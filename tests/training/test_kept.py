@@ -12,7 +12,7 @@ import torch
 from tiny_models import tiny, token_ids
 
 from analog_plugin import AnalogCallback, AnalogError, train_analog
-from analog_plugin.training import pipeline
+from analog_plugin.training import stages
 from analog_plugin.training.signals import TrainingStopped
 
 ROWS = token_ids(24, 16)
@@ -124,7 +124,7 @@ def test_a_run_that_broke_before_its_first_checkpoint_goes_on_from_the_prepared_
     with pytest.raises(RuntimeError, match="the power went"):
         run(scheme="prepared start")
     assert kept(tmp_path / "run") == ["start"]
-    monkeypatch.setattr(pipeline, "prepare_start", fail)  # it is not found anew
+    monkeypatch.setattr(stages, "prepare_start", fail)  # it is not found anew
     resumed = run(scheme="prepared start", resume=True)
     assert different(whole.model, resumed.model) == []
 
@@ -133,16 +133,16 @@ def test_an_error_after_training_does_not_lose_the_trained_weights(
     run, unbroken, at_step, monkeypatch, tmp_path
 ):
     whole = unbroken(run)
-    usual = pipeline.plan_export
+    usual = stages.plan_export
 
     def no_memory(*args, **options):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(pipeline, "plan_export", no_memory)
+    monkeypatch.setattr(stages, "plan_export", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         run()
     assert "trained" in kept(tmp_path / "run")
-    monkeypatch.setattr(pipeline, "plan_export", usual)
+    monkeypatch.setattr(stages, "plan_export", usual)
     at_step(0, fail)  # it does not train again
     resumed = run(resume=True)
     assert different(whole.model, resumed.model) == []
@@ -275,14 +275,21 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_unasked(run, at_st
         run()
     with pytest.raises(AnalogError, match="holds a run that was broken off; go on with --resume"):
         run()
+    (tmp_path / "run" / "notes.txt").write_text("not of the run")
     at_step(0, fail)
     with pytest.raises(RuntimeError):
         run(overwrite=True)
-    assert kept(tmp_path / "run") == ["start"]
+    assert kept(tmp_path / "run") == ["notes.txt", "start"]
 
 
 def test_nothing_is_kept_where_the_recipe_says_so(run, tmp_path):
     run(save_strategy="no")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_without_an_optimizer_are_refused(run, tmp_path):
+    with pytest.raises(AnalogError, match="save_only_model keeps no optimizer"):
+        run(save_only_model=True)
     assert not (tmp_path / "run").exists()
 
 

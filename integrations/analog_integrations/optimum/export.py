@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.paths import check_output
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
 from analog_plugin.recipe import AnalogRecipe
-from analog_plugin.training.kept import training_directory
+from analog_plugin.training.kept import forget_run, training_directory
 from analog_plugin.training.pipeline import AnalogResult, train_analog
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -100,7 +99,7 @@ def _write(
         result=result,
         overwrite=overwrite,
     )
-    shutil.rmtree(keep, ignore_errors=True)
+    forget_run(keep)
     print()
     print(result_table(result))
     profiles = result.recipe.deploy.profiles
