@@ -20,6 +20,7 @@ from analog_plugin.checkpoint.save import plan_export
 from analog_plugin.evaluation.noise import NoiseReport
 from analog_plugin.layers import analog_layers, convert_to_analog, model_scheme, to_digital
 from analog_plugin.layers.prefix import (
+    Prefix,
     install_prefix,
     installed_prefix,
     prefix_tokens,
@@ -29,16 +30,10 @@ from analog_plugin.noise import resolve_noise
 from analog_plugin.plugins import exporters, lookup
 from analog_plugin.presets import resolve_scheme
 from analog_plugin.recipe import AnalogRecipe
-from analog_plugin.training.kept import (
-    START,
-    TRAINED,
-    AnotherRun,
-    KeptRun,
-    Record,
-    become,
-)
+from analog_plugin.training.kept import START, TRAINED, AnotherRun, KeptRun, become
 from analog_plugin.training.measurement import Measurement, plain_reports
 from analog_plugin.training.ranges import calibrate_plain_ranges
+from analog_plugin.training.record import Record
 from analog_plugin.training.run import TrainingRun, rehearse_training, run_training
 from analog_plugin.training.signals import Termination
 from analog_plugin.training.start import prepare_start, prepares, published_start
@@ -48,7 +43,7 @@ from analog_plugin.training.tokens import calibration_batches, evaluation_rows, 
 
 @dataclass
 class AnalogResult:
-    """What :func:`train_analog` made.
+    """What :func:`~analog_plugin.training.pipeline.train_analog` made.
 
     Attributes:
         model: The analog model, in evaluation mode: the one given, but where FSDP sharded that.
@@ -180,8 +175,8 @@ class Stages:
         return (
             self.rows,
             model_scheme(model).to_dict(),
-            prefix,
-            installed_prefix(model),
+            _portable(prefix),
+            _portable(installed_prefix(model)),
             self.done,
         )
 
@@ -265,6 +260,13 @@ class Stages:
             yield
         finally:
             self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+
+def _portable(prefix: Prefix | None) -> Prefix | None:
+    """On the CPU: another process would unpickle it onto this one's GPU."""
+    if prefix is None:
+        return None
+    return Prefix.from_tensors({name: t.cpu() for name, t in prefix.to_tensors().items()})
 
 
 def _versions() -> dict[str, str]:
