@@ -76,6 +76,9 @@ def convert_to_analog(
         analog = _replace(model, digital, names[digital], candidates[digital].convert, own)
         analog.name, analog.state = names[digital][0], state
     _tie_ranges(model, scheme)
+    # DDP would overwrite each process's own counts by the first one's before every forward.
+    counts: Any = [f"{name}.clip_counts" for digital in chosen for name in names[digital]]
+    model._ddp_params_and_buffers_to_ignore = counts
     model.register_forward_pre_hook(state.watch, with_kwargs=True)
     return model
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from analog_plugin.ops.shards import is_sharded, local_part, reduce_parts
+
 
 def column_sigma(weight: Tensor) -> Tensor:
     """Standard deviation [out, 1] of each row of ``weight`` [out, in] (one output channel), fp32.
 
-    From the norm and the mean, which cost a fraction of ``std``; unbiased, as aihwkit-lightning.
+    From the norm and the mean, which cost a fraction of ``std``; unbiased, as aihwkit-lightning. Of
+    a weight in parts: of the rows that this process has a part of, over the whole rows.
     """
-    n = weight.shape[1]
+    n, part = weight.shape[1], local_part(weight)
     if n < 2:
-        return weight.new_zeros((weight.shape[0], 1), dtype=torch.float32)
-    squares = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float32).square()
-    mean = weight.mean(dim=1, keepdim=True, dtype=torch.float32)
+        return part.new_zeros((part.shape[0], 1), dtype=torch.float32)
+    squares = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float32).square()
+    mean = part.mean(dim=1, keepdim=True, dtype=torch.float32)
+    if part.shape[1] != n:
+        mean = (mean * (part.shape[1] / n)).nan_to_num_(0.0)  # of no columns: NaN
+        mean = reduce_parts(mean, weight, 1)
+        squares = reduce_parts(squares, weight, 1)
     return ((squares - n * mean.square()) / (n - 1)).clamp_min(0).sqrt()
 
 
@@ -25,17 +32,24 @@ def clip_to_sigma(weight: Tensor, alpha: float) -> None:
 
     Clipping contributes more robustness than noise injection, and both together are best (arXiv
     2505.09663). The deviation is taken over the full row, not per tile. A row without deviation,
-    such as a single weight, is left as it is: a bound of zero would erase it.
+    such as a single weight, is left as it is: a bound of zero would erase it. Of a weight in parts
+    every process clamps its own.
     """
     sigma = column_sigma(weight)
     bound = torch.where(sigma > 0, alpha * sigma, torch.inf).to(weight.dtype)
-    weight.clamp_(-bound, bound)
+    local_part(weight).clamp_(-bound, bound)
 
 
 @torch.no_grad()
 def peak_to_sigma(weight: Tensor) -> float:
     """The smallest α at which :func:`clip_to_sigma` leaves ``weight`` [out, in] as it is."""
-    sigma = column_sigma(weight)
-    peak = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
-    ratio = peak.float() / sigma.clamp_min(torch.finfo(torch.float32).tiny)
-    return float(torch.where(sigma > 0, ratio, 0.0).max())
+    sigma, part = column_sigma(weight), local_part(weight)
+    ratio = sigma.new_zeros(())
+    if part.numel() > 0:
+        peak = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
+        ratio = peak.float() / sigma.clamp_min(torch.finfo(torch.float32).tiny)
+        ratio = torch.where(sigma > 0, ratio, 0.0).max()
+    largest = torch.distributed.ReduceOp.MAX if is_sharded(weight) else None
+    for dim in (0, 1):
+        reduce_parts(ratio, weight, dim, largest)
+    return float(ratio)

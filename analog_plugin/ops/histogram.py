@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from analog_plugin.processes import all_reduce
+
 # A bin is what fp32 numbers share in their exponent and the first five bits of their mantissa: 32
 # bins an octave, 1.6 to 3.1 % wide, from 2**-30 to 2**20. The index is a shift of the number's
 # bits.
@@ -47,11 +49,9 @@ class MagnitudeHistogram:
 
     def merge_processes(self) -> None:
         """Pool the statistics of all processes, so that all find the same ranges."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        torch.distributed.all_reduce(self.counts)
-        torch.distributed.all_reduce(self.moments)
-        torch.distributed.all_reduce(self.maximum, op=torch.distributed.ReduceOp.MAX)
+        all_reduce(self.counts)
+        all_reduce(self.moments)
+        all_reduce(self.maximum, torch.distributed.ReduceOp.MAX)
 
     def range_std(self, kappa: float) -> Tensor:
         """``kappa`` standard deviations [K]."""

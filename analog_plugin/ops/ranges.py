@@ -8,14 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from analog_plugin.processes import all_reduce
 from analog_plugin.scheme import AnalogScheme
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum ``values`` over all processes in place; alone, nothing happens."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values
 
 
 class Moment(NamedTuple):
@@ -81,7 +75,7 @@ class RangeInitializer:
         if self.base is None:  # the step began after the last batch
             return
         self.seen.add(micro)
-        sums = all_reduce_sum(_moments(x, row_mask, tiles))
+        sums = all_reduce(_moments(x, row_mask, tiles))
         if not sums[0, 0] > 0:  # no token came here: an expert that none was routed to
             return
         if self.sums is None:

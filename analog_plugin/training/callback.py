@@ -14,7 +14,8 @@ from analog_plugin.errors import AnalogError
 from analog_plugin.layers import ForwardState, analog_layers, forward_state
 from analog_plugin.layers.base import RANGE_FLOOR
 from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
-from analog_plugin.ops.ranges import all_reduce_sum
+from analog_plugin.ops.shards import is_sharded, local_part
+from analog_plugin.processes import all_reduce
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +81,19 @@ class AnalogCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seed the noise, and begin or go on: counts, and from where an annealed clip starts."""
+        refuse_deepspeed(args)
         model = kwargs["model"]
         self._begin(state)
         shared = forward_state(model)
         shared.seed = args.seed if self.seed is None else self.seed
         shared.noise_per, shared.keep_noise = self.noise_per, self.keep_noise
         for name, layer in analog_layers(model):
+            if is_sharded(layer.input_range):
+                raise AnalogError(
+                    "FSDP sharded the input ranges; before training call "
+                    "keep_ranges_whole(trainer.accelerator.state.fsdp_plugin, model) from "
+                    "analog_plugin.training.sharded, or use AnalogTrainer, which does."
+                )
             layer.clip_counts.zero_()
             if layer.scheme.clip_schedule == "anneal" and name not in self.clip_start:
                 self.clip_start[name] = peak_to_sigma(layer.tile_weight)
@@ -136,10 +144,14 @@ class AnalogCallback(TrainerCallback, ExportableState):
             if not (layer.input_range.requires_grad and layer.owns_range):
                 layer.clip_counts.zero_()
                 continue
-            all_reduce_sum(layer.clip_counts)
+            all_reduce(layer.clip_counts)
             decay = layer.range_decay_gradient()
             layer.clip_counts.zero_()
             grad = layer.input_range.grad
+            if is_sharded(layer.weight) and not is_sharded(layer.input_range):
+                # A range is whole in every process, and FSDP does not see it.
+                grad = all_reduce(torch.zeros_like(decay) if grad is None else grad)
+                grad /= args.world_size
             layer.input_range.grad = decay if grad is None else grad.add_(decay)
             self._ranges.append((layer.input_range, layer.input_range.detach().clone()))
 
@@ -150,7 +162,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
     def _skip_anywhere(self, model: nn.Module, device: torch.device) -> bool:
         """Whether the step is not finite in any process: all skip it, or they would part."""
         skip = self._skip or not _finite_gradients(model)
-        return bool(all_reduce_sum(torch.tensor(float(skip), device=device)) > 0)
+        return bool(all_reduce(torch.tensor(float(skip), device=device)) > 0)
 
     def _count_skipped(self, step: int) -> None:
         self.skipped_steps += 1
@@ -182,6 +194,21 @@ class AnalogCallback(TrainerCallback, ExportableState):
                 clip_to_sigma(layer.tile_weight, alpha)
 
 
+def refuse_deepspeed(args: Any) -> None:
+    """Refuse a trainer that takes its step where nothing can be added to it.
+
+    Raises:
+        AnalogError: ``args`` name DeepSpeed.
+    """
+    kind = getattr(getattr(args, "distributed_state", None), "distributed_type", "")
+    if getattr(args, "deepspeed", None) or "DEEPSPEED" in str(kind):
+        raise AnalogError(
+            "DeepSpeed takes its optimizer step within the backward and keeps its own copy of the "
+            "weights, so that clipping and ranges would be lost; shard by FSDP2 instead "
+            "(accelerate launch with fsdp_version: 2)."
+        )
+
+
 def clip_alpha(scheme: Any, start: float | None, done: float) -> float | None:
     """α after a share ``done`` of the training; None: no clipping.
 
@@ -195,5 +222,5 @@ def clip_alpha(scheme: Any, start: float | None, done: float) -> float | None:
 
 
 def _finite_gradients(model: nn.Module) -> bool:
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     return not grads or bool(torch.nn.utils.get_total_norm(grads).isfinite())

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,17 @@ from analog_plugin.data.shards.rows import TokenRows
 from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.layers import analog_layers, forward_state
 from analog_plugin.modes import evaluation_mode
+from analog_plugin.processes import by_first, process_rank
 from analog_plugin.recipe import AnalogRecipe, split_training
+from analog_plugin.training.callback import refuse_deepspeed
+from analog_plugin.training.kept import KeptRun
+from analog_plugin.training.sharded import Skeleton, check_plugin
+from analog_plugin.training.signals import (
+    KeptInterrupts,
+    StopsOnRequest,
+    Termination,
+    TrainingStopped,
+)
 from analog_plugin.training.stored import StoredTeacher
 from analog_plugin.training.tokens import TrainingTokens
 from analog_plugin.training.trainer import AnalogTrainer
@@ -44,12 +53,13 @@ class TrainingRun:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def rehearse_training(model: Any, recipe: AnalogRecipe) -> None:
+def rehearse_training(model: Any, recipe: AnalogRecipe, saves: bool = False) -> None:
     """Begin the training on rows of two tokens, and stop before a step changes anything.
 
     Args:
         model: The digital model; it is not changed.
         recipe: Its ``training`` is looked at.
+        saves: Whether training checkpoints will be written.
 
     Raises:
         AnalogError: The recipe's training does not run.
@@ -64,7 +74,7 @@ def rehearse_training(model: Any, recipe: AnalogRecipe) -> None:
         tempfile.TemporaryDirectory() as scratch,
     ):
         try:
-            args = _arguments(model, recipe, scratch)
+            args = _arguments(model, recipe, scratch, saves)
             if args.bf16 and not computes_bf16(next(model.parameters()).device):
                 logger.warning(
                     "This processor has no bfloat16 arithmetic and emulates it, many times more "
@@ -74,12 +84,21 @@ def rehearse_training(model: Any, recipe: AnalogRecipe) -> None:
             args.torch_compile, args.neftune_noise_alpha, args.debug = False, None, []
             rows = [{"input_ids": tokens, "labels": tokens}] * args.train_batch_size
             trainer = Trainer(model, args=args, train_dataset=rows)
-            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            refuse_deepspeed(args)
+            if saves and args.save_only_model:
+                raise AnalogError(
+                    "training: save_only_model keeps no optimizer, so nothing could be resumed; "
+                    'leave it out, or write save_strategy: "no".'
+                )
+            if trainer.is_fsdp_enabled:
+                check_plugin(trainer.accelerator.state.fsdp_plugin, saves)
                 return  # beginning would shard the model
             # Instead of those that would open a run in a logging service.
             trainer.callback_handler.callbacks = [_StopBeforeStep()]
             with contextlib.suppress(_Rehearsed):
                 trainer.train()
+        except AnalogError:
+            raise
         # Optimizers, schedulers, loaders and loggers of many packages raise whatever they like.
         except Exception as error:
             raise AnalogError(f"training: {one_line(error)}") from error
@@ -96,7 +115,14 @@ class _StopBeforeStep(TrainerCallback):
         raise _Rehearsed
 
 
-def run_training(model: Any, teacher: Any, rows: TokenRows, recipe: AnalogRecipe) -> TrainingRun:
+def run_training(
+    model: Any,
+    teacher: Any,
+    rows: TokenRows,
+    recipe: AnalogRecipe,
+    kept: KeptRun | None = None,
+    termination: Termination | None = None,
+) -> tuple[TrainingRun, Any]:
     """Train the analog ``model`` on ``rows``; all but its weights is afterwards as before.
 
     Args:
@@ -104,13 +130,20 @@ def run_training(model: Any, teacher: Any, rows: TokenRows, recipe: AnalogRecipe
         teacher: The digital original, or what is stored of it for these rows.
         rows: Token ids [rows, length].
         recipe: The settings.
+        kept: Where training checkpoints go, and from where training goes on; None: nowhere.
+        termination: Ends the training after a step, once it is requested.
+
+    Returns:
+        What was done, and the trained model: ``model`` itself, but where FSDP sharded it another
+        one, whole, in the first process.
 
     Raises:
-        AnalogError: Training diverged, or has no whole batch.
+        AnalogError: Training diverged, has no whole batch, or a checkpoint could not be written.
+        TrainingStopped: SIGTERM came; there is a checkpoint of the last step.
     """
     own, _ = split_training(recipe.training)
     with _kept(model), torch.enable_grad(), tempfile.TemporaryDirectory() as scratch:
-        args = _arguments(model, recipe, scratch)
+        args = _arguments(model, recipe, scratch, saves=kept is not None)
         if args.dataloader_drop_last and len(rows) < args.train_batch_size * args.world_size:
             raise AnalogError(
                 f"training: dataloader_drop_last leaves no batch of {args.train_batch_size} from "
@@ -120,7 +153,7 @@ def run_training(model: Any, teacher: Any, rows: TokenRows, recipe: AnalogRecipe
             analog = {id(p) for _, layer in analog_layers(model) for p in layer.parameters()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in analog and parameter.requires_grad)
-        trainer = AnalogTrainer(
+        trainer = _KeepingTrainer(
             model,
             teacher=teacher,
             args=args,
@@ -133,63 +166,67 @@ def run_training(model: Any, teacher: Any, rows: TokenRows, recipe: AnalogRecipe
             keep_noise=own.keep_noise,
             **recipe.distillation.model_dump(exclude={"teacher"}),
         )
-        interrupts = _KeptInterrupts()
+        trainer.kept = kept
+        skeleton = Skeleton(model) if trainer.is_fsdp_enabled else None
+        termination = Termination() if termination is None else termination
+        interrupts, stops = KeptInterrupts(), StopsOnRequest(termination)
         trainer.add_callback(interrupts)
+        if kept is not None:
+            trainer.add_callback(stops)
+        checkpoint = None if kept is None else by_first(kept.latest_checkpoint)
+        if checkpoint is not None and process_rank() == 0:
+            print(f"Training goes on from {checkpoint}.")
         try:
-            with interrupts.kept():
-                trainer.train()
+            with interrupts.kept(), termination.deferred():
+                trainer.train(None if checkpoint is None else str(checkpoint))
         finally:
             model.eval()
             model.zero_grad()
             forward_state(model).seed = None
-    return TrainingRun(
+    if stops.stopped:
+        raise TrainingStopped(
+            f"The training was stopped by SIGTERM after step {trainer.state.global_step}, and "
+            "goes on from there with --resume (resume=True)."
+        )
+    run = TrainingRun(
         trainer.state.global_step,
         trainer.analog_callback.skipped_steps,
         trainer.state.num_input_tokens_seen,
         _precision(model, args),
         [entry for entry in trainer.state.log_history if "loss" in entry],
     )
+    return run, model if skeleton is None else skeleton.filled(model)
 
 
-class _KeptInterrupts(TrainerCallback):
-    """An interrupt that a library swallows is raised again after the step.
+class _KeepingTrainer(AnalogTrainer):
+    """Puts its checkpoints into a :class:`KeptRun`, whole or not at all."""
 
-    C code may clear any exception, that of Ctrl-C too: ``PyObject_HasAttr`` does.
-    """
+    kept: KeptRun | None = None
 
-    def __init__(self) -> None:
-        self.pending = False
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Note interrupts within this context; a handler of somebody else's stays."""
-        ours = threading.current_thread() is threading.main_thread()
-        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # After the last step the trained weights are kept, without the optimizer.
+        if self.kept is None or self.state.global_step >= self.state.max_steps:
             return
+        usual = self.args.output_dir
 
-        def note(number: int, frame: Any) -> None:
-            self.pending = True
-            signal.default_int_handler(number, frame)
+        def write(place: Path) -> None:
+            self.args.output_dir = str(place)
+            super(_KeepingTrainer, self)._save_checkpoint(model, trial)
 
-        signal.signal(signal.SIGINT, note)
         try:
-            yield
+            self.kept.save_checkpoint(self.state.global_step, write)
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.pending:
-            raise KeyboardInterrupt
+            self.args.output_dir = usual
 
 
-def _arguments(model: Any, recipe: AnalogRecipe, scratch: str) -> Any:
+def _arguments(model: Any, recipe: AnalogRecipe, scratch: str, saves: bool = False) -> Any:
     from transformers import TrainingArguments
 
     _, given = split_training(recipe.training)
     defaults = {
         "report_to": "none",
-        "save_strategy": "no",
+        "ddp_find_unused_parameters": False,
+        "save_total_limit": 2,
         "seed": recipe.seed,
         "logging_steps": 10,
         "remove_unused_columns": False,
@@ -200,7 +237,13 @@ def _arguments(model: Any, recipe: AnalogRecipe, scratch: str) -> Any:
         given["bf16"] = computes_bf16(device)
     # The record of the training tells the tokens.
     fixed = {"output_dir": scratch, "include_num_input_tokens_seen": "all"}
-    return TrainingArguments(**(defaults | given | fixed))
+    if not saves:
+        fixed["save_strategy"] = "no"
+    args = TrainingArguments(**(defaults | given | fixed))
+    if args.device.type == "cpu" and args.device.index is not None:
+        # What several processes on CPUs are given; torch.load knows no cpu:0.
+        vars(args)["_setup_devices"] = torch.device("cpu")
+    return args
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -141,7 +141,7 @@ def store_teacher(
             "temperature": float(temperature),
             "vocabulary": vocabulary,
             "length": rows.shape[1],
-            "tokens": _digest(rows),
+            "tokens": token_digest(rows),
             "teacher": fingerprint(teacher),
             "prefix": _prefix(teacher),
             "files": files,
@@ -287,7 +287,7 @@ class StoredTeacher:
         Raises:
             AnalogError: They are not those that the teacher was computed on.
         """
-        if len(rows) != len(self) or _digest(rows) != self._manifest.tokens:
+        if len(rows) != len(self) or token_digest(rows) != self._manifest.tokens:
             raise self._another("set of training tokens")
         return _Rows(self, rows)
 
@@ -318,7 +318,8 @@ def taken(inputs: dict[str, Any]) -> TopTokens:
     return TopTokens(tokens.long(), log_probabilities, log_rest)
 
 
-def _digest(rows: TokenRows) -> str:
+def token_digest(rows: TokenRows) -> str:
+    """Hash of token ids [rows, length]."""
     digest = hashlib.sha256(f"{tuple(rows.shape)}".encode())
     for part in _pieces(rows, _ROWS):
         digest.update(part.cpu().to(torch.int64).contiguous().numpy().tobytes())

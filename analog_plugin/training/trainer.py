@@ -16,6 +16,7 @@ from analog_plugin.training.callback import AnalogCallback
 from analog_plugin.training.divergence import TopTokens
 from analog_plugin.training.hidden import HiddenStates
 from analog_plugin.training.loss import distillation_loss
+from analog_plugin.training.sharded import Unhooked, keep_ranges_whole
 from analog_plugin.training.stored import StoredTeacher, taken
 
 
@@ -65,12 +66,18 @@ class AnalogTrainer(Trainer):
                 "teacher and model are the same object; give the digital original, for instance "
                 "copy.deepcopy(model) made before convert_to_analog."
             )
+        args = kwargs.get("args")
+        if args is not None and args.ddp_find_unused_parameters is None:
+            # The head is used outside the wrapped forward, where DDP would not find its use.
+            args.ddp_find_unused_parameters = False
         super().__init__(model, **kwargs)
         if self.args.n_gpu > 1:
             raise AnalogError(
                 f"One process sees {self.args.n_gpu} GPUs, but AnalogTrainer takes one each; start "
                 f"with torchrun --nproc-per-node {self.args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0."
             )
+        if self.is_fsdp_enabled:
+            keep_ranges_whole(self.accelerator.state.fsdp_plugin, model)
         self._add_callback(seed=noise_seed, noise_per=noise_per, keep_noise=keep_noise)
         self.temperature, self.cross_entropy = temperature, cross_entropy
         self.top_k, self.chunk = top_k, chunk
@@ -121,7 +128,7 @@ class AnalogTrainer(Trainer):
             loss = distillation_loss(
                 hidden,
                 reference,
-                self._student_states.head,
+                self._student_head,
                 self._teacher_head,
                 mask=mask,
                 labels=targets if self.cross_entropy > 0 else None,
@@ -195,6 +202,11 @@ class AnalogTrainer(Trainer):
                 f"AnalogTrainer was given {names}, but callbacks hold an AnalogCallback, which has "
                 f"settings of its own; write AnalogCallback({written}) alone."
             )
+
+    @property
+    def _student_head(self) -> nn.Module:
+        head = self._student_states.head
+        return Unhooked(head) if self.is_fsdp_enabled else head
 
     def _teacher_head(self, hidden: Tensor) -> Tensor:
         # As the rest of the teacher: in its own precision, not in the student's autocast.

@@ -129,7 +129,9 @@ def test_an_argument_that_does_not_exist_is_exit_status_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_run_leaves_nothing(model_directory, fields, write_recipe, tmp_path):
+def test_an_interrupted_run_writes_no_output_and_says_how_it_goes_on(
+    model_directory, fields, write_recipe, tmp_path
+):
     fields["training"]["max_steps"] = 1_000_000
     recipe = write_recipe(fields)
     with (tmp_path / "log").open("w") as log:
@@ -151,4 +153,6 @@ def test_an_interrupted_run_leaves_nothing(model_directory, fields, write_recipe
         process.wait()
     text = (tmp_path / "log").read_text()
     assert "interrupted: nothing was written" in text and "Traceback" not in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "recipe.yaml"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out.training", "recipe.yaml"]
+    assert "The prepared model is kept in out.training." in text
+    assert re.search(r"Go on with: optimum-cli export analog .* --resume$", text, re.MULTILINE)

@@ -1,6 +1,7 @@
 """Weight clipping, the α that clips nothing, and the schedule between them."""
 
 import pytest
+import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,3 +105,10 @@ def test_annealing_falls_from_its_start_to_the_target(start, share, one, other):
 def test_annealing_from_below_the_target_stays_at_it():
     scheme = AnalogScheme(clip_sigma=2.5, clip_schedule="anneal")
     assert clip_alpha(scheme, 2.0, 0.1) == 2.5
+
+
+def test_weights_in_parts_are_clipped_like_whole_ones(tmp_path):
+    shapes = [(8, 6), (5, 7), (1, 9), (9, 1), (3, 2)]  # even, uneven and empty parts
+    for run in runs.launch(2, tmp_path / "log", runs.clip_in_parts, shapes, 1.0):
+        assert run.wait(60) == 0, run.output
+        assert "compared 5" in run.output

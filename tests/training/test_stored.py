@@ -111,7 +111,7 @@ def test_the_pipeline_trains_from_it_without_a_second_model(stored, recipe, monk
             alive.append(weakref.ref(result))
         return result
 
-    monkeypatch.setattr("analog_plugin.training.pipeline.copy.deepcopy", remember)
+    monkeypatch.setattr("analog_plugin.training.stages.copy.deepcopy", remember)
     begin = AnalogTrainer.train
 
     def train(self, *args, **kwargs):

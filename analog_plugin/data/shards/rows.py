@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
 from pathlib import Path
@@ -37,6 +38,7 @@ class ShardRows(Dataset):
     Attributes:
         request: What the shards were made for.
         shape: Rows and their length.
+        sha256: Hash of them, from those in the shards' manifests.
     """
 
     def __init__(
@@ -47,14 +49,16 @@ class ShardRows(Dataset):
         names = {store.request.name_of(shard): shard for shard in range(store.request.shards)}
         shards = [names[name] for name in _split(store, split)]
         self.largest_token = 0
+        digest = hashlib.sha256()
         for shard in shards:
             if (fault := store.fault(shard, verify=False)) is not None:
                 raise AnalogError(
                     f"{directory} cannot be read: shard {shard}: {fault}; make it with optimum-cli "
                     f"analog generate --shard {shard}."
                 )
-            largest = store.read_manifest(shard).largest_token
-            self.largest_token = max(self.largest_token, largest)
+            manifest = store.read_manifest(shard)
+            self.largest_token = max(self.largest_token, manifest.largest_token)
+            digest.update(manifest.tokens_sha256.encode())
         self._shards = [store.rows(shard) for shard in shards]
         self._starts = [0]
         for shard in shards:
@@ -65,6 +69,7 @@ class ShardRows(Dataset):
                 f"{directory} has {there} rows for {split}, but {rows} were asked for."
             )
         self.shape = (there if rows is None else rows, store.request.sequence_length)
+        self.sha256 = hashlib.sha256(f"{self.shape}{digest.hexdigest()}".encode()).hexdigest()
         self._groups: dict[int, list[int]] = {}
         self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._open: OrderedDict[int, None] = OrderedDict()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -44,17 +45,33 @@ def add_measurements(parser: argparse.ArgumentParser, kept: str) -> None:
 
 
 @contextlib.contextmanager
-def errors_are_sentences(interrupted: str) -> Iterator[None]:
-    """A user's error becomes one sentence and exit status 1; Ctrl-C says ``interrupted``."""
+def errors_are_sentences(
+    interrupted: str, note: Callable[[BaseException], str] | None = None
+) -> Iterator[None]:
+    """A user's error becomes one sentence and its exit status, 1 as a rule.
+
+    Args:
+        interrupted: What Ctrl-C says.
+        note: What is to be said after whatever ended the block, if anything.
+    """
     from analog_plugin.errors import AnalogError, torchvision_explained
+    from analog_plugin.processes import ProcessFailed
 
     try:
         with torchvision_explained():
             yield
-    except AnalogError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted: {interrupted}") from None
+    except ProcessFailed:  # the one that failed says why
+        raise SystemExit(1) from None
+    except BaseException as error:
+        said = [] if note is None else [note(error)]
+        if isinstance(error, AnalogError):
+            said.insert(0, f"error: {error}")
+        elif isinstance(error, KeyboardInterrupt):
+            said.insert(0, f"interrupted: {interrupted}")
+        print(*filter(None, said), sep="\n", file=sys.stderr)
+        if isinstance(error, (AnalogError, KeyboardInterrupt)):
+            raise SystemExit(getattr(error, "exit_status", 1)) from None
+        raise
 
 
 def split(given: list[str] | None) -> list[str]:

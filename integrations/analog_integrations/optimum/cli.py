@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -32,7 +34,8 @@ a recipe (all fields are in docs/recipes.md):
         training: {max_steps: 80, learning_rate: 5.0e-5}
         evaluation: {noise: [pcm, pcm:1.5], seeds: 10}
 
-The output appears when all is done, whole; it holds a model card with the table of results.
+The output appears when all is done, whole; it holds a model card with the table of results. Until
+then OUTPUT.training keeps what a run needs that is broken off: --resume goes on from there.
 An error is one sentence and exit status 1, and nothing is written. Sampled tokens are kept in
 $ANALOG_PLUGIN_CACHE, $XDG_CACHE_HOME/analog-plugin or ~/.cache/analog-plugin.
 """
@@ -81,14 +84,31 @@ class AnalogExportCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--overwrite", action="store_true", help="replace an output directory that is not empty"
         )
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with a run that was broken off, from OUTPUT.training; where there is none, "
+            "begin",
+        )
 
     def run(self) -> None:
         """Run :func:`main_export`; a user's error is one sentence and exit status 1."""
-        with errors_are_sentences("nothing was written"):
+        with errors_are_sentences("nothing was written", self._kept):
             from analog_integrations.optimum.export import main_export
 
             given = {name: getattr(self.args, name) for name in _ARGUMENTS}
             main_export(output=self.args.output, profile=split(self.args.profile) or None, **given)
+
+    def _kept(self, error: BaseException) -> str:
+        """What there is to go on from after ``error``, and the command that does."""
+        from analog_plugin.processes import process_rank
+        from analog_plugin.training.kept import AnotherRun, training_directory, what_is_kept
+
+        kept = what_is_kept(training_directory(self.args.output))
+        if not kept or isinstance(error, AnotherRun) or process_rank() > 0:
+            return ""
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        return f"{kept} Go on with: {shlex.join(['optimum-cli', *words, '--resume'])}"
 
 
 _ARGUMENTS = (
@@ -101,4 +121,5 @@ _ARGUMENTS = (
     "no_train",
     "task",
     "overwrite",
+    "resume",
 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
+from analog_plugin import processes
 from analog_plugin.checkpoint.card import result_table
 from analog_plugin.checkpoint.save import save_profiles
 from analog_plugin.demo import resolve_model
@@ -13,6 +17,7 @@ from analog_plugin.errors import AnalogError, one_line
 from analog_plugin.paths import check_output
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
 from analog_plugin.recipe import AnalogRecipe
+from analog_plugin.training.kept import forget_run, training_directory
 from analog_plugin.training.pipeline import AnalogResult, train_analog
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -31,6 +36,7 @@ def main_export(
     no_train: bool = False,
     task: str = "text-generation",
     overwrite: bool = False,
+    resume: bool = False,
 ) -> AnalogResult:
     """Load a model, make it analog, train it, measure it, and write a checkpoint.
 
@@ -50,18 +56,41 @@ def main_export(
         no_train: Convert, calibrate and measure only.
         task: ``"text-generation"``, the only one.
         overwrite: Replace an output directory that is not empty.
+        resume: Go on with a run that was broken off, from what it keeps in ``OUTPUT.training``
+            until it is done; where there is none, begin.
+
+    Under ``accelerate launch`` all processes train, and the first one does all else.
 
     Raises:
         AnalogError: Something given is wrong; one sentence says what, and nothing was written.
+        TrainingStopped: SIGTERM came; what was done is kept in ``OUTPUT.training``.
     """
+    processes.join(device)
+    if processes.process_rank() > 0:  # one of them shows what is going on
+        disable_progress_bar()
     if task != "text-generation":
         raise AnalogError(f"task is {task!r}, but only text-generation is offered.")
-    settings = effective_recipe(recipe, profile=profile, seed=seed)
-    check_output(output, overwrite)
+    settings = processes.by_first(lambda: effective_recipe(recipe, profile=profile, seed=seed))
+    processes.by_first(lambda: check_output(output, overwrite))
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    keep = training_directory(output)
     result = train_analog(
-        loaded, settings, tokenizer=tokenizer, dataset=dataset, train=not no_train
+        loaded,
+        settings,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        train=not no_train,
+        keep=keep,
+        resume=resume,
+        overwrite=overwrite,
     )
+    processes.by_first(lambda: _write(result, output, tokenizer, overwrite, keep))
+    return result
+
+
+def _write(
+    result: AnalogResult, output: str | Path, tokenizer: Any, overwrite: bool, keep: Path
+) -> None:
     save_profiles(
         result.model,
         output,
@@ -70,12 +99,12 @@ def main_export(
         result=result,
         overwrite=overwrite,
     )
+    forget_run(keep)
     print()
     print(result_table(result))
-    profiles = settings.deploy.profiles
+    profiles = result.recipe.deploy.profiles
     several = "profile" if len(profiles) == 1 else "below it a directory each of the profiles"
     print(f"Written to {output} ({several} {', '.join(profiles)}).")
-    return result
 
 
 def effective_recipe(
@@ -150,6 +179,8 @@ def resolve_device(device: str | None, dtype: str = "float32") -> str:
     if dtype not in _DTYPES:
         raise AnalogError(f"dtype is {dtype!r}, but must be one of {', '.join(_DTYPES)}.")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place == "cuda" and processes.process_count() > 1:
+        place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=place).item()
     # Wrong names, drivers and devices that hold nothing fail in as many ways as there are backends.

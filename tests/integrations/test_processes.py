@@ -1,0 +1,116 @@
+"""The command in two processes over gloo, as launchers start them, beside one process."""
+
+import json
+import signal
+import time
+
+import pytest
+import runs
+import torch
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}  # fmt: skip
+WAYS = {"ddp": (runs.export, {}), "fsdp2": (runs.sharded_export, FSDP)}
+
+
+@pytest.fixture
+def recipe(fields, write_recipe):
+    """The same global batch in each recipe: one process takes twice as many micro-batches."""
+
+    def make(processes, steps, **changes):
+        training = fields["training"] | {
+            "max_steps": steps, "learning_rate": 1e-4, "logging_steps": 1, "save_steps": 2,
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // processes,
+        }  # fmt: skip
+        data = fields["data"] | {"tokens": 1024}
+        made = fields | {"training": training, "data": data} | changes
+        return write_recipe(made, f"{processes}.yaml")
+
+    return make
+
+
+@pytest.fixture
+def export(model_directory, recipe, tmp_path):
+    def start(way, steps, *options, out=None, **changes):
+        work, environment = (runs.export, {}) if way is None else WAYS[way]
+        processes = 1 if way is None else 2
+        arguments = [
+            "--model", model_directory, "--recipe", recipe(processes, steps, **changes),
+            "--device", "cpu", *options, tmp_path / (out or str(way)),
+        ]  # fmt: skip
+        log = tmp_path / "log"
+        if way is None:
+            return [runs.Run(log, work, *arguments)]
+        return runs.launch(processes, log, work, *arguments, **environment)
+
+    return start
+
+
+def finished(started):
+    statuses = [run.wait(240) for run in started]
+    assert statuses == [0] * len(started), [run.output[-3000:] for run in started]
+
+
+def losses(directory):
+    record = json.loads((directory / "analog" / "training.json").read_text())
+    return torch.tensor([entry["loss"] for entry in record["loss_history"]])
+
+
+def farthest(first, second):
+    """The largest difference between the tensors of two checkpoints."""
+    one, two = runs.tensors(first), runs.tensors(second)
+    assert one.keys() == two.keys()
+    return max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
+
+
+def test_two_processes_do_what_one_does_with_twice_the_micro_batches(export, tmp_path):
+    for way in (None, *WAYS):
+        finished(export(way, 4))
+    for way in WAYS:
+        record = json.loads((tmp_path / way / "analog" / "training.json").read_text())
+        assert record["processes"] == 2 and record["steps"] == 4
+        assert (losses(tmp_path / way) - losses(tmp_path / "None")).abs().max() < 1e-6
+        assert farthest(tmp_path / way, tmp_path / "None") < 1e-4
+        # The other process says nothing and writes nothing.
+        assert "Written to" not in (tmp_path / "log.1").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_stopped_by_sigterm_go_on_to_the_same_losses(way, export, tmp_path):
+    steps = 12
+    finished(export(way, steps, out="whole"))
+    stopped = export(way, steps, out="out")
+    while "'epoch'" not in stopped[0].output:
+        assert stopped[0].wait(0.05) is None, stopped[0].output
+    stopped[1].send(signal.SIGTERM)  # one of them is told, both save and stop
+    assert [run.wait(240) for run in stopped] == [143, 143], stopped[0].output
+    assert "stopped by SIGTERM after step" in stopped[0].output
+    assert "Go on with: optimum-cli export analog" in stopped[0].output
+    finished(export(way, steps, "--resume", out="out"))
+    assert torch.equal(losses(tmp_path / "whole"), losses(tmp_path / "out"))
+    assert runs.different(tmp_path / "whole", tmp_path / "out") == []
+
+
+def test_where_a_process_dies_the_other_ends_with_an_error(export, tmp_path):
+    started = export("ddp", 100_000)
+    while "'epoch'" not in started[0].output:
+        assert started[0].wait(0.05) is None, started[0].output
+    begin = time.monotonic()
+    started[1].send(signal.SIGKILL)
+    assert started[0].wait(120) not in (None, 0)
+    assert time.monotonic() - begin < 120
+    assert not (tmp_path / "ddp").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_loss_curves_agree_over_fifty_steps(way, export, tmp_path):
+    for name in (None, way):
+        finished(export(name, 50))
+    assert len(losses(tmp_path / way)) == 50
+    assert (losses(tmp_path / way) - losses(tmp_path / "None")).abs().max() < 1e-4
+    assert farthest(tmp_path / way, tmp_path / "None") < 1e-4
