@@ -249,13 +249,6 @@ class KeptRun:
     def _checkpoint(self, step: int) -> Path:
         return self.directory / f"{_CHECKPOINT}{step}"
 
-    def _steps(self) -> list[int]:
-        """Steps of the checkpoints, by their names: clocks may jump."""
-        names = (
-            path.name.removeprefix(_CHECKPOINT) for path in self.directory.glob("checkpoint-*")
-        )
-        return sorted(int(name) for name in names if name.isdecimal())
-
 
 def what_is_kept(directory: Path) -> str:
     """What a run could go on from, in a sentence; empty where there is nothing."""
