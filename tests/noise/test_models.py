@@ -145,7 +145,7 @@ def test_only_gaussian_noise_per_column_follows_each_columns_maximum():
         ("gaussian:0.02", "gaussian:0.02"),
         ({"name": "pcm"}, "pcm"),
         ({"name": "gaussian", "sigma": 0.02, "per": "tile"}, "gaussian(sigma=0.02,per=tile)"),
-        (PCMNoise(), "PCMNoise"),
+        pytest.param(PCMNoise(), "PCMNoise", id="a noise model itself"),
     ],
     ids=str,
 )
