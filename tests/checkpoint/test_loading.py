@@ -55,6 +55,15 @@ def test_a_noisy_model_saved_again_is_the_clean_one(make_analog, tmp_path):
     assert torch.equal(logits(load_checkpoint(tmp_path / "b")), logits(model))
 
 
+def test_training_that_goes_on_does_not_find_the_ranges_anew(make_analog, tmp_path):
+    save_checkpoint(make_analog(range_init_in_training=True), tmp_path / "out")
+    model = load_checkpoint(tmp_path / "out").train()
+    before = {name: layer.input_range.detach().clone() for name, layer in analog_layers(model)}
+    model(token_ids() % 7)
+    for name, layer in analog_layers(model):
+        assert torch.equal(layer.input_range, before[name]), name
+
+
 def test_unknown_noise_is_one_sentence(make_analog, tmp_path):
     save_checkpoint(make_analog(), tmp_path / "out")
     with pytest.raises(AnalogError, match="did you mean 'pcm'"):
