@@ -61,8 +61,6 @@ class AnalogCallback(TrainerCallback, ExportableState):
             trains by it.
     """
 
-    zero: ZeroTwo | None = None
-
     def __init__(
         self,
         seed: int | None = None,
@@ -75,6 +73,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
         self.noise_per, self.keep_noise = noise_per, keep_noise
         self.skipped_steps = self.skipped_in_a_row = 0
         self.clip_start: dict[str, float] = {}
+        self.zero: ZeroTwo | None = None
         self._skip = False
         self._ranges: list[tuple[nn.Parameter, Tensor]] = []
 

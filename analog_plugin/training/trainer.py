@@ -166,9 +166,17 @@ class AnalogTrainer(Trainer):
             )
         return optimizer
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        given = max_steps, train_dataloader, resume_from_checkpoint
         if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(*args, **kwargs)
+            return super()._prepare_for_training(*given)
+        if resume_from_checkpoint is not None:
+            raise AnalogError(
+                "DeepSpeed's checkpoints are read by pickle, which runs what a file says; leave "
+                "resume_from_checkpoint out."
+            )
         if self.accelerator.deepspeed_engine_wrapped is not None:
             raise AnalogError("Under DeepSpeed an AnalogTrainer trains once; make another one.")
         if self.args.learning_rate == 0:
@@ -178,7 +186,7 @@ class AnalogTrainer(Trainer):
             self._range_optimizer(),
             relative=self.range_learning_rate / self.args.learning_rate,
         )
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*given)
         zero.attach(self.accelerator, self.model_wrapped, self.optimizer)
         self.analog_callback.zero = zero
         return prepared

@@ -72,12 +72,9 @@ class ZeroTwo:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        ranges: torch.optim.Optimizer | None,
-        relative: float,
+        self, model: nn.Module, ranges: torch.optim.Optimizer | None, relative: float
     ) -> None:
-        self.model, self.ranges, self.relative = model, ranges, relative
+        self.ranges, self.relative = ranges, relative
         self._skip = False
         own = {id(layer.input_range) for _, layer in analog_layers(model)}
         self._whole = [p for p in model.parameters() if id(p) in own]
@@ -153,11 +150,15 @@ class ZeroTwo:
         bound = clip_bound(tiles, alpha)
         rounded = bound.to(tiles.dtype)
         tiles.clamp_(-rounded, rounded)
-        part = getattr(weight, "_hp_mapping", None)
-        if part is None:  # in other processes, or not trained
-            return
         whole = bound.expand(tiles.shape)
         flat = (whole if tiles.stride() == weight.stride() else whole.t()).reshape(-1)
+        kept = self._kept.get(id(weight))
+        if kept is not None:
+            limit = flat.to(kept.device).view_as(kept)
+            kept.clamp_(-limit, limit)
+        part = getattr(weight, "_hp_mapping", None)
+        if part is None:  # other processes have it, or it is not trained
+            return
         place = part.lp_fragment_address
         own = flat.narrow(0, place.start, place.numel)
         part.get_hp_fragment().clamp_(-own, own)
