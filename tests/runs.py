@@ -83,6 +83,33 @@ def sharded_export(*arguments):
     export(*arguments)
 
 
+def zero_export(*arguments):
+    """The same with gradients and optimizer sharded by DeepSpeed's ZeRO-2."""
+    _allow_deepspeed_on_cpu()
+    export(*arguments)
+
+
+def _allow_deepspeed_on_cpu():
+    """Let Accelerate use DeepSpeed on a CPU, which it reserves for accelerators; DeepSpeed can."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    usual = AcceleratorState.__init__
+
+    def init(self, *args, deepspeed_plugin=None, **kwargs):
+        usual(self, *args, deepspeed_plugin=deepspeed_plugin, **kwargs)
+        if deepspeed_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            deepspeed_plugin.set_mixed_precision(self._mixed_precision)
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins, self._mixed_precision = deepspeed_plugin, "no"
+            self.distributed_type = PartialState._shared_state["distributed_type"] = (
+                DistributedType.DEEPSPEED
+            )
+
+    AcceleratorState.__init__ = init
+
+
 def _allow_fsdp_on_cpu():
     """Let Accelerate use FSDP on a CPU, which it reserves for accelerators; torch can."""
     from accelerate import PartialState
@@ -157,3 +184,103 @@ def clip_in_parts(shapes, alpha):
                 made.t() if transposed else made, expected, rtol=1e-6, atol=1e-7
             )
     print("compared", len(shapes))
+
+
+def train_by_zero(output, dtype, bf16, trainable):
+    """Train in ZeRO-2 and look after each step at weights, their fp32 masters and the ranges."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from tiny_models import tiny, token_ids
+    from transformers import TrainerCallback, TrainingArguments
+
+    from analog_plugin import (
+        AnalogScheme,
+        AnalogTrainer,
+        calibrate_ranges,
+        convert_to_analog,
+        processes,
+    )
+    from analog_plugin.layers import analog_layers
+    from analog_plugin.ops.clip import clip_to_sigma
+
+    _allow_deepspeed_on_cpu()
+    processes.join("cpu")
+    teacher = tiny().to(dtype)
+    # Narrow ranges: each clips inputs, and so has a gradient that differs between processes.
+    scheme = AnalogScheme(tile_rows=32, range_init_std=1.5)
+    model = convert_to_analog(tiny().to(dtype), scheme)
+    calibrate_ranges(model, [{"input_ids": token_ids()}])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable == "all" or "_proj" in name)
+    fixed = model.model.layers[0].self_attn.q_proj.weight
+    fixed.requires_grad_(trainable == "all")
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    layers = [(name, layer) for name, layer in analog_layers(model) if layer.weight.requires_grad]
+    ranges = [layer.input_range.detach().clone() for _, layer in layers]
+    seen = []
+
+    class Lost(AnalogTrainer):
+        """The second step's loss is not a number in the second process."""
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            lost = self.state.global_step == 1 and processes.process_rank() == 1
+            return loss * float("nan") if lost else loss
+
+    def masters():
+        return {name: safe_get_full_fp32_param(layer.weight) for name, layer in layers}
+
+    class Looks(TrainerCallback):
+        """Before and after the clipping: its own callback comes later."""
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.unclipped = masters()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            clipped = masters()
+            for name, layer in layers:
+                before = self.unclipped[name]
+                if state.global_step != 2:  # which is skipped
+                    bound = 2.5 * before.to(layer.weight.dtype).double().std(1, keepdim=True)
+                    expected = before.double().clamp(-bound, bound)
+                    torch.testing.assert_close(
+                        clipped[name].double(), expected, rtol=1e-5, atol=1e-8
+                    )
+                    assert not torch.equal(clipped[name], before), name
+                assert torch.equal(layer.weight, clipped[name].to(layer.weight.dtype)), name
+                assert layer.input_range.dtype == torch.float32
+            moments = safe_get_full_optimizer_state(layers[0][1].weight, "exp_avg")
+            seen.append((clipped, moments, [layer.input_range.clone() for _, layer in layers]))
+
+    arguments = TrainingArguments(
+        output_dir=output, max_steps=3, per_device_train_batch_size=2, use_cpu=True,
+        gradient_accumulation_steps=2, learning_rate=1e-3, bf16=bf16, save_strategy="no",
+        report_to="none", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    arguments.device  # noqa: B018
+    vars(arguments)["_setup_devices"] = torch.device("cpu")
+    rows = [{"input_ids": row} for row in token_ids(24, 16, seed=1)]
+    trainer = Lost(
+        model, teacher=teacher, args=arguments, train_dataset=rows, callbacks=[Looks()],
+        noise_seed=0,
+    )  # fmt: skip
+    callback = trainer.analog_callback
+    trainer.train()
+
+    (first, momentum, _), (skipped, same, held), (last, _, _) = seen
+    assert callback.skipped_steps == 1 and torch.equal(momentum, same)
+    assert all(torch.equal(first[name], skipped[name]) for name in first)
+    assert not any(torch.equal(last[name], skipped[name]) for name in last)
+    for old, before, now in zip(ranges, seen[0][2], held, strict=True):
+        assert torch.equal(before, now) and not torch.equal(old, now)
+    for name, layer in layers:
+        assert layer.weight.dtype == dtype and torch.equal(layer.weight, last[name].to(dtype))
+    for name, parameter in model.named_parameters():
+        if parameter is fixed and name in frozen:  # clipped all the same, in both steps
+            clip_to_sigma(frozen[name], 2.5)
+            clip_to_sigma(frozen[name], 2.5)
+            torch.testing.assert_close(parameter.detach(), frozen[name], rtol=1e-3, atol=0)
+        else:
+            assert name not in frozen or torch.equal(parameter, frozen[name]), name
+    for parameter in model.parameters():  # alike in all processes
+        assert all(torch.equal(parameter, other) for other in processes.gathered(parameter.data))
+    print("compared", len(layers), "layers")

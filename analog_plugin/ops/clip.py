@@ -35,9 +35,14 @@ def clip_to_sigma(weight: Tensor, alpha: float) -> None:
     such as a single weight, is left as it is: a bound of zero would erase it. Of a weight in parts
     every process clamps its own.
     """
-    sigma = column_sigma(weight)
-    bound = torch.where(sigma > 0, alpha * sigma, torch.inf).to(weight.dtype)
+    bound = clip_bound(weight, alpha).to(weight.dtype)
     local_part(weight).clamp_(-bound, bound)
+
+
+def clip_bound(weight: Tensor, alpha: float) -> Tensor:
+    """What :func:`clip_to_sigma` clamps each row of ``weight`` [out, in] to: [out, 1], fp32."""
+    sigma = column_sigma(weight)
+    return torch.where(sigma > 0, alpha * sigma, torch.inf)
 
 
 @torch.no_grad()

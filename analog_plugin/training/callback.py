@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from analog_plugin.layers.base import RANGE_FLOOR
 from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
 from analog_plugin.ops.shards import is_sharded, local_part
 from analog_plugin.processes import all_reduce
+from analog_plugin.training.zero import ZeroTwo
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class AnalogCallback(TrainerCallback, ExportableState):
         skipped_steps: Steps skipped so far because the loss or a gradient was not finite.
         skipped_in_a_row: How many of them are the latest steps.
         clip_start: Where the annealed clip of each layer began; see :func:`clip_alpha`.
+        zero: DeepSpeed's engine, where :class:`~analog_plugin.training.trainer.AnalogTrainer`
+            trains by it.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
         self.noise_per, self.keep_noise = noise_per, keep_noise
         self.skipped_steps = self.skipped_in_a_row = 0
         self.clip_start: dict[str, float] = {}
+        self.zero: ZeroTwo | None = None
         self._skip = False
         self._ranges: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -81,7 +86,8 @@ class AnalogCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seed the noise, and begin or go on: counts, and from where an annealed clip starts."""
-        refuse_deepspeed(args)
+        if self.zero is None:
+            refuse_deepspeed(args)
         model = kwargs["model"]
         self._begin(state)
         shared = forward_state(model)
@@ -111,6 +117,9 @@ class AnalogCallback(TrainerCallback, ExportableState):
         """From now on noise is drawn anew, not keyed by the last step."""
         forward_state(kwargs["model"]).seed = None
         self._forget_step_weights(kwargs["model"])
+        if self.zero is not None:
+            self.zero.release()
+            self.zero = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Key the noise of the step's first micro-batch."""
@@ -133,6 +142,8 @@ class AnalogCallback(TrainerCallback, ExportableState):
         self._ranges = []
         self._skip = self._skip_anywhere(model, args.device)
         if self._skip:
+            if self.zero is not None:
+                self.zero.skip()
             self._count_skipped(state.global_step)
             for parameter in model.parameters():
                 parameter.grad = None
@@ -148,8 +159,8 @@ class AnalogCallback(TrainerCallback, ExportableState):
             decay = layer.range_decay_gradient()
             layer.clip_counts.zero_()
             grad = layer.input_range.grad
-            if is_sharded(layer.weight) and not is_sharded(layer.input_range):
-                # A range is whole in every process, and FSDP does not see it.
+            if self.zero is not None or is_sharded(layer.weight):
+                # A range is whole in every process; neither FSDP nor DeepSpeed sees it.
                 grad = all_reduce(torch.zeros_like(decay) if grad is None else grad)
                 grad /= args.world_size
             layer.input_range.grad = decay if grad is None else grad.add_(decay)
@@ -162,6 +173,8 @@ class AnalogCallback(TrainerCallback, ExportableState):
     def _skip_anywhere(self, model: nn.Module, device: torch.device) -> bool:
         """Whether the step is not finite in any process: all skip it, or they would part."""
         skip = self._skip or not _finite_gradients(model)
+        if self.zero is not None:
+            skip |= not math.isfinite(self.zero.gradient_norm())
         return bool(all_reduce(torch.tensor(float(skip), device=device)) > 0)
 
     def _count_skipped(self, step: int) -> None:
@@ -190,7 +203,9 @@ class AnalogCallback(TrainerCallback, ExportableState):
         done = (state.global_step + 1) / max(state.max_steps, 1)
         for name, layer in analog_layers(kwargs["model"]):
             alpha = clip_alpha(layer.scheme, self.clip_start.get(name), done)
-            if alpha is not None:
+            if alpha is not None and self.zero is not None:
+                self.zero.clip(layer.weight, layer.tile_weight, alpha)
+            elif alpha is not None:
                 clip_to_sigma(layer.tile_weight, alpha)
 
 
@@ -203,8 +218,8 @@ def refuse_deepspeed(args: Any) -> None:
     kind = getattr(getattr(args, "distributed_state", None), "distributed_type", "")
     if getattr(args, "deepspeed", None) or "DEEPSPEED" in str(kind):
         raise AnalogError(
-            "DeepSpeed takes its optimizer step within the backward and keeps its own copy of the "
-            "weights, so that clipping and ranges would be lost; shard by FSDP2 instead "
+            "Under DeepSpeed a Trainer takes its optimizer step within the backward, where "
+            "AnalogCallback cannot add to it; train by AnalogTrainer, or shard by FSDP2 instead "
             "(accelerate launch with fsdp_version: 2)."
         )
 

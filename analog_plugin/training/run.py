@@ -19,7 +19,6 @@ from analog_plugin.layers import analog_layers, forward_state
 from analog_plugin.modes import evaluation_mode
 from analog_plugin.processes import by_first, process_rank
 from analog_plugin.recipe import AnalogRecipe, split_training
-from analog_plugin.training.callback import refuse_deepspeed
 from analog_plugin.training.kept import KeptRun
 from analog_plugin.training.sharded import Skeleton, check_plugin
 from analog_plugin.training.signals import (
@@ -31,6 +30,7 @@ from analog_plugin.training.signals import (
 from analog_plugin.training.stored import StoredTeacher
 from analog_plugin.training.tokens import TrainingTokens
 from analog_plugin.training.trainer import AnalogTrainer
+from analog_plugin.training.zero import check_zero
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,6 @@ def rehearse_training(model: Any, recipe: AnalogRecipe, saves: bool = False) -> 
             args.torch_compile, args.neftune_noise_alpha, args.debug = False, None, []
             rows = [{"input_ids": tokens, "labels": tokens}] * args.train_batch_size
             trainer = Trainer(model, args=args, train_dataset=rows)
-            refuse_deepspeed(args)
             if saves and args.save_only_model:
                 raise AnalogError(
                     "training: save_only_model keeps no optimizer, so nothing could be resumed; "
@@ -93,6 +92,12 @@ def rehearse_training(model: Any, recipe: AnalogRecipe, saves: bool = False) -> 
             if trainer.is_fsdp_enabled:
                 check_plugin(trainer.accelerator.state.fsdp_plugin, saves)
                 return  # beginning would shard the model
+            if trainer.is_deepspeed_enabled:
+                plugin = trainer.accelerator.state.deepspeed_plugin
+                check_zero(plugin.deepspeed_config, saves)
+                # Refuses what the two configurations say differently.
+                plugin.hf_ds_config.trainer_config_finalize(args, model, 1)
+                return
             # Instead of those that would open a run in a logging service.
             trainer.callback_handler.callbacks = [_StopBeforeStep()]
             with contextlib.suppress(_Rehearsed):

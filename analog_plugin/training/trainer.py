@@ -18,6 +18,7 @@ from analog_plugin.training.hidden import HiddenStates
 from analog_plugin.training.loss import distillation_loss
 from analog_plugin.training.sharded import Unhooked, keep_ranges_whole
 from analog_plugin.training.stored import StoredTeacher, taken
+from analog_plugin.training.zero import ZeroTwo, check_zero
 
 
 class AnalogTrainer(Trainer):
@@ -78,6 +79,9 @@ class AnalogTrainer(Trainer):
             )
         if self.is_fsdp_enabled:
             keep_ranges_whole(self.accelerator.state.fsdp_plugin, model)
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            check_zero(config, saves=self.args.save_strategy != "no")
         self._add_callback(seed=noise_seed, noise_per=noise_per, keep_noise=keep_noise)
         self.temperature, self.cross_entropy = temperature, cross_entropy
         self.top_k, self.chunk = top_k, chunk
@@ -156,11 +160,44 @@ class AnalogTrainer(Trainer):
         finally:
             for parameter in ranges:
                 parameter.requires_grad_(True)
-        if ranges:
+        if ranges and not self.is_deepspeed_enabled:
             optimizer.add_param_group(
                 {"params": ranges, "lr": self.range_learning_rate, "weight_decay": 0.0}
             )
         return optimizer
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        given = max_steps, train_dataloader, resume_from_checkpoint
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(*given)
+        if resume_from_checkpoint is not None:
+            raise AnalogError(
+                "DeepSpeed's checkpoints are read by pickle, which runs what a file says; leave "
+                "resume_from_checkpoint out."
+            )
+        if self.accelerator.deepspeed_engine_wrapped is not None:
+            raise AnalogError("Under DeepSpeed an AnalogTrainer trains once; make another one.")
+        if self.args.learning_rate == 0:
+            raise AnalogError("Under DeepSpeed learning_rate must not be 0; write a tiny one.")
+        zero = ZeroTwo(
+            self.model,
+            self._range_optimizer(),
+            relative=self.range_learning_rate / self.args.learning_rate,
+        )
+        prepared = super()._prepare_for_training(*given)
+        zero.attach(self.accelerator, self.model_wrapped, self.optimizer)
+        self.analog_callback.zero = zero
+        return prepared
+
+    def _range_optimizer(self) -> torch.optim.Optimizer | None:
+        ranges = self._ranges()
+        if not ranges:
+            return None
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        changed = {"lr": self.range_learning_rate, "weight_decay": 0.0}
+        return kind(ranges, **settings | changed)
 
     def _ranges(self) -> list[nn.Parameter]:
         unique = {

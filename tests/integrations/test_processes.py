@@ -1,8 +1,10 @@
 """The command in two processes over gloo, as launchers start them, beside one process."""
 
+import importlib.util
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -15,16 +17,25 @@ FSDP = {
 }  # fmt: skip
 WAYS = {"ddp": (runs.export, {}), "fsdp2": (runs.sharded_export, FSDP)}
 
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
+EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(EXAMPLES / "zero2.json"),
+}  # fmt: skip
+
 
 @pytest.fixture
 def recipe(fields, write_recipe):
     """The same global batch in each recipe: one process takes twice as many micro-batches."""
 
-    def make(processes, steps, **changes):
+    def make(processes, steps, training=None, **changes):
         training = fields["training"] | {
             "max_steps": steps, "learning_rate": 1e-4, "logging_steps": 1, "save_steps": 2,
             "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // processes,
-        }  # fmt: skip
+        } | (training or {})  # fmt: skip
         data = fields["data"] | {"tokens": 1024}
         made = fields | {"training": training, "data": data} | changes
         return write_recipe(made, f"{processes}.yaml")
@@ -35,7 +46,8 @@ def recipe(fields, write_recipe):
 @pytest.fixture
 def export(model_directory, recipe, tmp_path):
     def start(way, steps, *options, out=None, **changes):
-        work, environment = (runs.export, {}) if way is None else WAYS[way]
+        ways = WAYS | {None: (runs.export, {}), "zero2": (runs.zero_export, ZERO)}
+        work, environment = ways[way]
         processes = 1 if way is None else 2
         arguments = [
             "--model", model_directory, "--recipe", recipe(processes, steps, **changes),
@@ -114,3 +126,35 @@ def test_loss_curves_agree_over_fifty_steps(way, export, tmp_path):
     assert len(losses(tmp_path / way)) == 50
     assert (losses(tmp_path / way) - losses(tmp_path / "None")).abs().max() < 1e-4
     assert farthest(tmp_path / way, tmp_path / "None") < 1e-4
+
+
+@needs_deepspeed
+def test_two_processes_under_zero2_do_what_one_does(export, fields, tmp_path):
+    narrow = fields["scheme"] | {"range_init_std": 1.5}  # ranges clip, and have gradients
+    for way in (None, "zero2"):
+        finished(export(way, 10, training={"save_strategy": "no"}, scheme=narrow))
+    assert (losses(tmp_path / "zero2") - losses(tmp_path / "None")).abs().max() < 1e-6
+    assert farthest(tmp_path / "zero2", tmp_path / "None") < 1e-4
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "dtype, bf16, trainable",
+    [
+        (torch.float32, False, "all"),
+        (torch.float32, True, "all"),
+        (torch.float32, True, "analog"),
+        (torch.bfloat16, True, "all"),
+    ],
+    ids=["fp32", "bf16", "bf16 with frozen weights", "bf16 model"],
+)
+def test_zero2_clips_the_fp32_weights_and_skips_in_all_processes(dtype, bf16, trainable, tmp_path):
+    log = tmp_path / "log"
+    finished(runs.launch(2, log, runs.train_by_zero, tmp_path, dtype, bf16, trainable, **ZERO))
+
+
+@needs_deepspeed
+def test_zero2_keeps_no_checkpoints(export):
+    for run in export("zero2", 4):
+        assert run.wait(240) == 1
+        assert 'write in the recipe training: {save_strategy: "no"}' in run.output
