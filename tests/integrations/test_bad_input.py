@@ -39,7 +39,7 @@ def refuse(model_directory, fields, tmp_path):
 
 
 ARGUMENTS = {
-    "unknown profile": ({"profile": "w9a9"}, "known: analog-fp, mixed"),
+    "unknown profile": ({"profile": "w9a9"}, "known: analog-fp, conductances"),
     "negative seed": ({"seed": -1}, "seed"),
     "huge seed": ({"seed": 2**40}, "seed"),
     "unknown dtype": ({"dtype": "float33"}, "float33"),

@@ -131,15 +131,15 @@ def test_each_lever_can_be_switched_off(off, tmp_path):
 
 
 def test_an_error_leaves_the_original_behind(monkeypatch):
-    from analog_plugin.training import pipeline
+    from analog_plugin.training import stages
 
     def fail(*args, **kwargs):
         raise AnalogError("stop")
 
     model = tiny()
     before, wanted = copy.deepcopy(model.state_dict()), logits(model)
-    real = pipeline.prepare_start
-    monkeypatch.setattr(pipeline, "prepare_start", lambda *a: (real(*a), fail()))
+    real = stages.prepare_start
+    monkeypatch.setattr(stages, "prepare_start", lambda *a: (real(*a), fail()))
     with pytest.raises(AnalogError, match="stop"):
         train_analog(model, recipe(), dataset=ROWS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
