@@ -180,8 +180,8 @@ def _restore_analog(
             )
     for name, layer in layers.items():
         layer.set_input_range(state[f"{name}.input_range"])
-        # They are found: training that goes on from here is not to find them anew.
-        layer.range_batches.fill_(layer.scheme.range_init_batches)
+        if layer.scheme.range_init_in_training:  # they are found, and not to be found anew
+            layer.range_batches.fill_(layer.scheme.range_init_batches)
         plain = state.get(f"{name}.plain_range")
         layer.plain_range = None if plain is None else plain.to(layer.input_range.device)
     read = Prefix.from_tensors(state)
