@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import distributed as dist
 from analog_plugin.errors import AnalogError
 
 T = TypeVar("T")
+Reduction = Literal["SUM", "MAX"]
 
 #: Seconds that a collective of the training waits for a process, unless ``ddp_timeout`` says else.
 DEFAULT_TIMEOUT = 1800
@@ -54,10 +55,10 @@ def process_count() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
-def all_reduce(values: Tensor, op: Any = None) -> Tensor:
-    """Reduce ``values`` over all processes in place (None: sum); alone, nothing happens."""
+def all_reduce(values: Tensor, op: Reduction = "SUM", group: Any = None) -> Tensor:
+    """Reduce ``values`` over all processes, or a group of them, in place; alone, do nothing."""
     if _joined() and not _alone.get():
-        dist.all_reduce(values, op=dist.ReduceOp.SUM if op is None else op)
+        dist.all_reduce(values, op=getattr(dist.ReduceOp, op), group=group)
     return values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from analog_plugin.ops.shards import is_sharded, local_part, reduce_parts
+from analog_plugin.ops.shards import local_part, reduce_parts
 
 
 def column_sigma(weight: Tensor) -> Tensor:
@@ -54,7 +54,6 @@ def peak_to_sigma(weight: Tensor) -> float:
         peak = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
         ratio = peak.float() / sigma.clamp_min(torch.finfo(torch.float32).tiny)
         ratio = torch.where(sigma > 0, ratio, 0.0).max()
-    largest = torch.distributed.ReduceOp.MAX if is_sharded(weight) else None
     for dim in (0, 1):
-        reduce_parts(ratio, weight, dim, largest)
+        reduce_parts(ratio, weight, dim, "MAX")
     return float(ratio)

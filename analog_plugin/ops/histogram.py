@@ -51,7 +51,7 @@ class MagnitudeHistogram:
         """Pool the statistics of all processes, so that all find the same ranges."""
         all_reduce(self.counts)
         all_reduce(self.moments)
-        all_reduce(self.maximum, torch.distributed.ReduceOp.MAX)
+        all_reduce(self.maximum, "MAX")
 
     def range_std(self, kappa: float) -> Tensor:
         """``kappa`` standard deviations [K]."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analog_plugin.processes import Reduction, all_reduce
+
 
 def local_part(values: Any) -> Tensor:
     """What this process holds of ``values``, as a view; all of it where it is whole."""
@@ -22,19 +24,17 @@ def is_sharded(values: Tensor) -> bool:
     return isinstance(values, DTensor)
 
 
-def reduce_parts(reduced: Tensor, values: Any, dim: int, op: Any = None) -> Tensor:
+def reduce_parts(reduced: Tensor, values: Any, dim: int, op: Reduction = "SUM") -> Tensor:
     """Complete, in place, what was reduced over dimension ``dim`` of a local part of ``values``.
 
     Args:
         reduced: Of the local part.
         values: The whole, in parts or not.
         dim: The dimension that was reduced; where the parts do not split it, nothing happens.
-        op: None: sum.
+        op: How it was reduced.
     """
     if is_sharded(values):
         for i, placement in enumerate(values.placements):
             if placement.is_shard(dim):
-                group = values.device_mesh.get_group(i)
-                found = torch.distributed.ReduceOp.SUM if op is None else op
-                torch.distributed.all_reduce(reduced, op=found, group=group)
+                all_reduce(reduced, op, values.device_mesh.get_group(i))
     return reduced
