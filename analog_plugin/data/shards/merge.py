@@ -32,11 +32,13 @@ def merge_shards(directory: str | Path, validation: float = 0.0) -> ShardIndex:
     store = ShardStore(directory)
     asked = store.request
     held_out = _number(validation, asked.shards)
-    faults = {
-        shard: fault
-        for shard in progress_bar(range(asked.shards), desc="Checking the shards")
-        if (fault := store.fault(shard)) is not None
-    }
+    faults: dict[int, str] = {}
+    digest = hashlib.sha256()
+    for shard in progress_bar(range(asked.shards), desc="Checking the shards"):
+        try:
+            digest.update(store.whole(shard).tokens_sha256.encode())
+        except AnalogError as error:
+            faults[shard] = str(error).rstrip(".")
     if faults:
         told = "; ".join(
             f"shard {shard}: {fault}" for shard, fault in list(faults.items())[:_SHOWN]
@@ -51,9 +53,6 @@ def merge_shards(directory: str | Path, validation: float = 0.0) -> ShardIndex:
     if held_out:
         splits["validation"] = sorted(drawn[:held_out])
     rows = {name: sum(map(asked.rows_of, split)) for name, split in splits.items()}
-    digest = hashlib.sha256()
-    for shard in range(asked.shards):
-        digest.update(store.read_manifest(shard).tokens_sha256.encode())
     index = ShardIndex(
         request=asked,
         splits={name: [asked.name_of(s) for s in split] for name, split in splits.items()},

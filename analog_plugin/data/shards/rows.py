@@ -51,12 +51,14 @@ class ShardRows(Dataset):
         self.largest_token = 0
         digest = hashlib.sha256()
         for shard in shards:
-            if (fault := store.fault(shard, verify=False)) is not None:
+            try:
+                manifest = store.whole(shard, verify=False)
+            except AnalogError as error:
+                fault = str(error).rstrip(".")
                 raise AnalogError(
                     f"{directory} cannot be read: shard {shard}: {fault}; make it with optimum-cli "
                     f"analog generate --shard {shard}."
-                )
-            manifest = store.read_manifest(shard)
+                ) from None
             self.largest_token = max(self.largest_token, manifest.largest_token)
             digest.update(manifest.tokens_sha256.encode())
         self._shards = [store.rows(shard) for shard in shards]

@@ -114,25 +114,38 @@ class ShardStore:
             raise AnalogError("its manifest is of another shard")
         return manifest
 
-    def fault(self, shard: int, verify: bool = True) -> str | None:
-        """Why a shard is not whole, or None.
+    def whole(self, shard: int, verify: bool = True) -> ShardManifest:
+        """The manifest of a shard that is whole.
 
         Args:
             shard: Its number.
             verify: Whether to compare the hash of its file, too; otherwise only its size.
+
+        Raises:
+            AnalogError: It is not whole; what is said begins no sentence.
         """
         path = self.path_of(shard)
         if not self.manifest_of(shard).exists():
-            return "it is not there" if not path.exists() else "it was not finished"
+            there = path.exists()
+            raise AnalogError("it was not finished" if there else "it is not there")
         try:
             manifest = self.read_manifest(shard)
-            if path.stat().st_size != manifest.bytes:
-                return f"{path.name} has {path.stat().st_size} bytes, not {manifest.bytes}"
+            size = path.stat().st_size
+            if size != manifest.bytes:
+                raise AnalogError(f"{path.name} has {size} bytes, not {manifest.bytes}")
             if verify and sha256_of(path) != manifest.sha256:
-                return f"{path.name} is not the file that was written"
+                raise AnalogError(f"{path.name} is not the file that was written")
         except FileNotFoundError:
-            return f"{path.name} is missing"
-        except (AnalogError, OSError) as error:
+            raise AnalogError(f"{path.name} is missing") from None
+        except OSError as error:
+            raise AnalogError(str(error)) from None
+        return manifest
+
+    def fault(self, shard: int) -> str | None:
+        """Why a shard is not whole, or None."""
+        try:
+            self.whole(shard)
+        except AnalogError as error:
             return str(error).rstrip(".")
         return None
 
