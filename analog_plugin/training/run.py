@@ -228,6 +228,9 @@ def _arguments(model: Any, recipe: AnalogRecipe, scratch: str, saves: bool = Fal
     from transformers import TrainingArguments
 
     _, given = split_training(recipe.training)
+    device = next(model.parameters()).device
+    if given.get("bf16") == "auto":
+        given["bf16"] = computes_bf16(device)
     defaults = {
         "report_to": "none",
         "ddp_find_unused_parameters": False,
@@ -235,11 +238,8 @@ def _arguments(model: Any, recipe: AnalogRecipe, scratch: str, saves: bool = Fal
         "seed": recipe.seed,
         "logging_steps": 10,
         "remove_unused_columns": False,
-        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "use_cpu": device.type == "cpu",
     }
-    device = next(model.parameters()).device
-    if given.get("bf16") == "auto":
-        given["bf16"] = computes_bf16(device)
     # The record of the training tells the tokens.
     fixed = {"output_dir": scratch, "include_num_input_tokens_seen": "all"}
     if not saves:
