@@ -17,7 +17,7 @@ from analog_plugin.layers import analog_layers, model_scheme
 from analog_plugin.layers.prefix import installed_prefix
 
 #: State of analog layers that plain loaders do not know.
-_ANALOG_ONLY = ("input_range", "range_batches")
+ANALOG_ONLY = ("input_range", "range_batches")
 
 
 def write_analog_fp(model: Any, directory: Path, plan: DigitalPlan) -> Mapping[str, Any]:
@@ -62,7 +62,7 @@ def write_digital(model: Any, directory: Path, plan: DigitalPlan) -> None:
 
 def _digital_state(model: nn.Module, plan: DigitalPlan) -> dict[str, Tensor]:
     """The state that the digital model would have, quantized as planned."""
-    analog = {f"{name}.{part}" for name, _ in analog_layers(model) for part in _ANALOG_ONLY}
+    analog = {f"{name}.{part}" for name, _ in analog_layers(model) for part in ANALOG_ONLY}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in analog}
     for name, layer in plan.layers.items():
         if layer.weight_bits is not None:

@@ -16,15 +16,13 @@ from analog_integrations.lightning.importing import CONFIG_FILE
 from analog_integrations.lightning.schemes import config_of, not_carried
 from analog_integrations.lightning.weights import BIN_FILE, COUNT, RANGE
 from analog_plugin.checkpoint.load import load_checkpoint
+from analog_plugin.checkpoint.profiles import ANALOG_ONLY
 from analog_plugin.checkpoint.save import save_checkpoint
 from analog_plugin.errors import AnalogError, require
 from analog_plugin.layers import AnalogLinear, analog_layers, model_scheme
 from analog_plugin.ops.weights import column_maximum, fake_quantize_columns
 from analog_plugin.paths import refuse_around
 from analog_plugin.pretrained import load_tokenizer
-
-#: Attributes of the model that analog layers have beside weight and bias.
-_OURS = ("input_range", "range_batches")
 
 
 @dataclass
@@ -160,7 +158,7 @@ def write_lightning(model: Any, directory: Path, plan: LightningPlan) -> None:
         generation.to_json_file(
             directory / "generation_config.json", keys_to_pop=["compile_config"]
         )
-    ours = {f"{name}.{part}" for name in layers for part in _OURS}
+    ours = {f"{name}.{part}" for name in layers for part in ANALOG_ONLY}
     state = {name: t.detach().cpu() for name, t in model.state_dict().items() if name not in ours}
     if plan.config.has_ranges:
         for name, layer in layers.items():
