@@ -15,7 +15,8 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from analog_integrations.optimum.generate import chosen_shards, count_of
+from analog_integrations.optimum.arguments import count_of
+from analog_integrations.optimum.generate import chosen_shards
 from analog_integrations.ray.work import make_shards_with_ray
 from analog_plugin import AnalogError
 from analog_plugin.data.shards import ShardRows, ShardStore

@@ -74,3 +74,13 @@ def test_the_tables_of_the_docs_are_what_the_command_prints(capsys):
         main_plan(model, **({"teacher": False} if "--stored-teacher" in option else {}))
         printed = [line for line in capsys.readouterr().out.splitlines() if line[0] != "*"]
         assert [line for line in text.splitlines() if line] == printed
+
+
+def test_an_estimate_loads_no_torch():
+    code = "import sys; from analog_integrations.optimum import main_plan; main_plan('1b'); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")

@@ -4,19 +4,54 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
 
 def add_place(parser: argparse.ArgumentParser, weights: str) -> None:
     """Declare ``--device`` and ``--dtype``, the type of ``weights``."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
         help=f"type of the {weights} (default: float32)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--device``."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+
+
+def add_corpus(parser: argparse.ArgumentParser, blocks: int, none: str = "") -> None:
+    """Declare ``--corpus``, ``--blocks`` and ``--length``: what is measured on.
+
+    Args:
+        parser: The command's.
+        blocks: How many by default.
+        none: What no blocks mean, where they mean something.
+    """
+    parser.add_argument(
+        "--corpus",
+        default="pydoc_data.topics",
+        help="text to measure on: a file, a datasets directory, a hub id (default: Python's own "
+        "reference text)",
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=blocks, help=f"blocks of it{none} (default: {blocks})"
+    )
+    parser.add_argument("--length", type=int, default=256, help="their tokens (default: 256)")
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--overwrite`` of a command that writes a directory whole."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output directory that is not empty"
     )
 
 
@@ -77,3 +112,23 @@ def errors_are_sentences(
 def split(given: list[str] | None) -> list[str]:
     """Every item of lists with commas."""
     return [item.strip() for text in given or [] for item in text.split(",") if item.strip()]
+
+
+def count_of(text: int | str) -> int:
+    """A number of tokens: ``20B``, ``1.5M``, ``10k``, or digits alone.
+
+    Raises:
+        AnalogError: It is no such number, or not a whole one above 0.
+    """
+    from analog_plugin.errors import AnalogError, shown
+
+    found = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?([kMBT]?)", str(text))
+    if isinstance(text, bool) or found is None:
+        raise AnalogError(
+            f"tokens is {shown(text)}, but must be a number such as 20B, 500M or 10k."
+        )
+    whole, fraction, unit = found[1], found[2] or "", found[3]
+    scaled, rest = divmod(int(whole + fraction) * _UNITS[unit], 10 ** len(fraction))
+    if rest or scaled < 1:
+        raise AnalogError(f"tokens is {text}, but must be a whole number above 0.")
+    return scaled

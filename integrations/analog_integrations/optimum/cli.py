@@ -9,7 +9,13 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from analog_integrations.optimum.arguments import add_place, add_source, errors_are_sentences, split
+from analog_integrations.optimum.arguments import (
+    add_overwrite,
+    add_place,
+    add_source,
+    errors_are_sentences,
+    split,
+)
 
 _DESCRIPTION = """\
 Train a causal language model to survive analog in-memory computing hardware, and write a
@@ -81,9 +87,7 @@ class AnalogExportCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "--task", default="text-generation", choices=("text-generation",), help="the only task"
         )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace an output directory that is not empty"
-        )
+        add_overwrite(parser)
         parser.add_argument(
             "--resume",
             action="store_true",

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from analog_integrations.optimum.arguments import errors_are_sentences, split
+from analog_integrations.optimum.arguments import (
+    add_corpus,
+    add_device,
+    add_overwrite,
+    errors_are_sentences,
+    split,
+)
 
 _DESCRIPTION = """\
 Put an analog checkpoint on the tiles of IBM's aihwkit, program it there chip by chip, and measure
@@ -66,20 +72,10 @@ class AnalogToAihwkitCommand(BaseOptimumCLICommand):
             help="full-precision model that KL and top-1 are to (default: the checkpoint's own "
             "weights in full precision)",
         )
-        parser.add_argument(
-            "--corpus",
-            default="pydoc_data.topics",
-            help="text to measure on (default: Python's own reference text)",
-        )
-        parser.add_argument("--blocks", type=int, default=4, help="blocks of it (default: 4)")
-        parser.add_argument("--length", type=int, default=256, help="their tokens (default: 256)")
+        add_corpus(parser, blocks=4)
         parser.add_argument("--batch-size", type=int, default=4, help="blocks at once (default: 4)")
-        parser.add_argument(
-            "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
-        )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace an output directory that is not empty"
-        )
+        add_device(parser)
+        add_overwrite(parser)
 
     def run(self) -> None:
         """Run :func:`main_to_aihwkit`; a user's error is one sentence and exit status 1."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from analog_integrations.optimum.arguments import (
+    add_corpus,
     add_measurements,
     add_place,
     errors_are_sentences,
@@ -72,14 +73,7 @@ class AnalogEvaluateCommand(BaseOptimumCLICommand):
             "--original",
             help="full-precision original, for KL and top-1 (default: the first such model)",
         )
-        parser.add_argument(
-            "--corpus",
-            default="pydoc_data.topics",
-            help="text to measure on: a file, a datasets directory, a hub id (default: Python's "
-            "own reference text)",
-        )
-        parser.add_argument("--blocks", type=int, default=16, help="blocks of it (default: 16)")
-        parser.add_argument("--length", type=int, default=256, help="their tokens (default: 256)")
+        add_corpus(parser, blocks=16)
         parser.add_argument(
             "--tasks",
             action="append",

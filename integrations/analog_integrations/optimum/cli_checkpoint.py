@@ -7,7 +7,13 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from analog_integrations.optimum.arguments import errors_are_sentences, split
+from analog_integrations.optimum.arguments import (
+    add_corpus,
+    add_device,
+    add_overwrite,
+    errors_are_sentences,
+    split,
+)
 
 _PROFILE = """\
 Derive digital checkpoints from one of the profile analog-fp: integer weights and static 8-bit
@@ -96,27 +102,15 @@ class AnalogProfileCommand(BaseOptimumCLICommand):
             "--dataset",
             help="text to find scales and bits on (default: sampled from the model, where needed)",
         )
-        parser.add_argument(
-            "--corpus",
-            default="pydoc_data.topics",
-            help="text to measure on (default: Python's own reference text)",
-        )
-        parser.add_argument(
-            "--blocks", type=int, default=4, help="blocks of it; 0: measure nothing (default: 4)"
-        )
-        parser.add_argument("--length", type=int, default=256, help="their tokens (default: 256)")
-        parser.add_argument(
-            "--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
-        )
+        add_corpus(parser, blocks=4, none="; 0: measure nothing")
+        add_device(parser)
         parser.add_argument(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
             help="type of the weights before they are rounded, and of all that stays in full "
             "precision, such as embeddings (default: the checkpoint's)",
         )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace an output directory that is not empty"
-        )
+        add_overwrite(parser)
 
     def run(self) -> None:
         """Run :func:`main_profile`; a user's error is one sentence and exit status 1."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from analog_integrations.optimum.arguments import errors_are_sentences, split
+from analog_integrations.optimum.arguments import add_overwrite, errors_are_sentences, split
 
 _IMPORT = """\
 Turn an analog model that was trained with aihwkit-lightning, such as the published ones, into a
@@ -55,9 +55,7 @@ class AnalogImportCommand(BaseOptimumCLICommand):
             choices=("float32", "bfloat16", "float16"),
             help="type of the weights (default: as they are stored)",
         )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace an output directory that is not empty"
-        )
+        add_overwrite(parser)
 
     def run(self) -> None:
         """Run :func:`import_lightning`; a user's error is one sentence and exit status 1."""

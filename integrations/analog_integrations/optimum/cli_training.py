@@ -9,6 +9,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from analog_integrations.optimum.arguments import (
     add_measurements,
+    add_overwrite,
     add_place,
     add_source,
     errors_are_sentences,
@@ -118,9 +119,7 @@ class AnalogTeacherCommand(BaseOptimumCLICommand):
             "--batch-size", type=int, default=8, help="rows computed at once (default: 8)"
         )
         add_place(parser, "weights, as in the training")
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace an output directory that is not empty"
-        )
+        add_overwrite(parser)
 
     def run(self) -> None:
         """Run :func:`main_teacher`; a user's error is one sentence and exit status 1."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from analog_integrations.optimum.arguments import count_of
 from analog_integrations.optimum.evaluate import identity
 from analog_integrations.optimum.export import load_model, resolve_device
 from analog_plugin.data.limits import check_sequence_length
@@ -23,7 +24,6 @@ from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.pretrained import read_model_config
 
 BACKENDS = ("transformers", "vllm", "ray")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def main_generate(
@@ -147,24 +147,6 @@ def model_directory(model: str, revision: str | None = None) -> Path:
             f"The model {model} is neither a local model directory nor a hub model within reach: "
             f"{one_line(error)}"
         ) from error
-
-
-def count_of(text: int | str) -> int:
-    """A number of tokens: ``20B``, ``1.5M``, ``10k``, or digits alone.
-
-    Raises:
-        AnalogError: It is no such number, or not a whole one above 0.
-    """
-    found = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?([kMBT]?)", str(text))
-    if isinstance(text, bool) or found is None:
-        raise AnalogError(
-            f"tokens is {shown(text)}, but must be a number such as 20B, 500M or 10k."
-        )
-    whole, fraction, unit = found[1], found[2] or "", found[3]
-    scaled, rest = divmod(int(whole + fraction) * _UNITS[unit], 10 ** len(fraction))
-    if rest or scaled < 1:
-        raise AnalogError(f"tokens is {text}, but must be a whole number above 0.")
-    return scaled
 
 
 def chosen_shards(given: int | str | Sequence[int] | None) -> list[int] | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analog_integrations.optimum.generate import count_of
+from analog_integrations.optimum.arguments import count_of
 from analog_plugin.errors import AnalogError, is_number, shown
 from analog_plugin.planning import Assumptions, Estimate, Gpu, Job, ModelShape, estimate
 
