@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from analog_plugin.training.run import computes_bf16
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = (
     "analog-plugin", "torch", "transformers", "aihwkit-lightning", "aihwkit", "torchao",
@@ -186,7 +188,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """With the arguments that all benchmarks have."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    made.add_argument("--dtypes", help="float32,bfloat16 (default: both; on a GPU bfloat16)")
+    made.add_argument(
+        "--dtypes",
+        help="float32,bfloat16 (default: both; float32 where a processor only emulates bfloat16; "
+        "bfloat16 on a GPU)",
+    )
     made.add_argument("--output", type=Path, help="also write everything as JSON")
     return made
 
@@ -195,8 +201,12 @@ def begin(arguments: argparse.Namespace) -> list[str]:
     """One thread, one seed; the names of the types to measure."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    usual = "bfloat16" if arguments.device.type == "cuda" else "float32,bfloat16"
-    return (arguments.dtypes or usual).split(",")
+    if arguments.dtypes:
+        return arguments.dtypes.split(",")
+    if arguments.device.type == "cuda":
+        return ["bfloat16"]
+    # Emulated, it would be the emulation that is measured.
+    return ["float32", "bfloat16"] if computes_bf16(arguments.device) else ["float32"]
 
 
 def machine(device: torch.device) -> str:

@@ -13,7 +13,7 @@ BENCHMARKS = ROOT / "benchmarks"
 TINY = {
     "linear": "--dtypes float32 --shapes 32x48 --tokens 8 --kept-tokens 16 --repeats 2",
     "loss": "--dtypes bfloat16 --tokens 16 --vocabulary 64 --hidden 16 --repeats 2",
-    "step": "--model tiny --rows 2 --length 8 --repeats 2",
+    "step": "--dtypes float32,bfloat16 --model tiny --rows 2 --length 8 --repeats 2",
     "noise": "--model tiny --repeats 2",
     "generate": "--model tiny --rows 2 --length 4 --repeats 2",
 }
