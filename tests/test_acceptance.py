@@ -2,13 +2,21 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from analog_plugin import load_checkpoint, save_checkpoint, train_analog
+from analog_plugin import (
+    calibrate_ranges,
+    convert_to_analog,
+    load_checkpoint,
+    save_checkpoint,
+    train_analog,
+)
 from analog_plugin.checkpoint import plain_view
 from analog_plugin.checkpoint.save import plan_export
 from analog_plugin.demo import resolve_model
 from analog_plugin.layers.prefix import install_prefix, installed_prefix
+from analog_plugin.presets import AFM
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -56,6 +64,47 @@ def test_the_prepared_start_is_far_better_and_everything_reloads(source, tmp_pat
         assert torch.equal(
             plain(ids).logits, plain_view(new.model, plan_export(new.model))(ids).logits
         )
+
+
+@pytest.fixture(scope="module")
+def stored(source, tmp_path_factory):
+    """The model with calibrated ranges as ``analog-fp``, and tokens to find scales on."""
+    model = load_causal_lm(source, name=MODEL, dtype=torch.float32).eval()
+    convert_to_analog(model, AFM)
+    batches = [{"input_ids": torch.arange(100, 116)[None] * 7}]
+    calibrate_ranges(model, batches)
+    return save_checkpoint(model, tmp_path_factory.mktemp("stored") / "analog-fp"), batches
+
+
+@pytest.mark.parametrize(
+    ("profile", "options"),
+    [
+        ("w8a8", {}),
+        ("w4-in-w8", {}),
+        ("w4-in-w8", {"weight_scale": "mse"}),
+        ("w4a8", {}),
+        ("w3a8", {}),
+        ("w2a8", {}),
+        ("w8a8o8", {}),
+        ("w4a8o8", {}),
+        ("mixed-in-w8", {"average_bits": 4.5}),
+    ],
+)
+def test_transformers_reads_every_digital_profile_bit_for_bit(stored, profile, options, tmp_path):
+    directory, batches = stored
+    model = load_checkpoint(directory)
+    plan = plan_export(model, profile, batches=batches, **options)
+    save_checkpoint(model, tmp_path / "out", profile=profile, plan=plan)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(1000, 1064).view(2, 32)
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, plain_view(model, plan)(ids).logits)
+    # Deriving changed nothing in the directory that it was derived from.
+    save_checkpoint(model, tmp_path / "again")
+    first, again = (
+        load_file(path / "model.safetensors") for path in (directory, tmp_path / "again")
+    )
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
 
 
 def test_prompts_of_different_lengths_generate_in_a_batch_as_one_by_one(source):
