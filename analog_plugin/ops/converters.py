@@ -32,7 +32,7 @@ class Digitized(NamedTuple):
         inputs: [T, in] what is multiplied: codes over :func:`input_full_scale`, exact in bf16 up
             to 8 bits and in fp16 up to 11.
         codes: [T, in] whole codes, one byte each up to 8 bits; None: not asked for.
-        scales: Of each tile, [1, 1] or [T, 1] fp32: what one code stands for.
+        scales: Of each tile, [1, 1] or [T, 1], at least fp32: what one code stands for.
         clipped: Of each tile; None: not asked for, or inputs that are never clipped.
     """
 
@@ -52,7 +52,7 @@ def digitize_inputs(
 ) -> Digitized:
     """DAC: inputs [T, in] to codes, tile by tile.
 
-    Codes are computed in fp32: half precision gets several percent of them wrong.
+    Codes are computed in at least fp32: half precision gets several percent of them wrong.
     """
     levels = scheme.input_levels
     if scheme.input_bits is None or levels is None:
@@ -62,6 +62,7 @@ def digitize_inputs(
     full = input_full_scale(scheme, dtype)
     whole = torch.int8 if scheme.input_bits <= 8 else torch.int16
     dynamic = scheme.input_range == "dynamic"
+    wide = at_least_fp32(dtype)
     inputs: list[Tensor] = []
     codes: list[Tensor] = []
     scales: list[Tensor] = []
@@ -69,11 +70,11 @@ def digitize_inputs(
     for k, (start, end) in enumerate(tile_bounds(tiles)):
         block = rows[:, start:end]
         if dynamic:
-            scale = (block.float().abs().amax(1, keepdim=True) / levels).clamp_min_(_TINY)
+            scale = (block.to(wide).abs().amax(1, keepdim=True) / levels).clamp_min_(_TINY)
         else:
-            scale = (input_range[k].float() / levels).view(1, 1)
+            scale = (input_range[k].to(wide) / levels).view(1, 1)
         scales.append(scale)
-        code = torch.div(block.float(), scale).round_().clamp_(-levels, levels)
+        code = torch.div(block.to(wide), scale).round_().clamp_(-levels, levels)
         if for_backward:
             codes.append(code.to(whole))
             if not dynamic:
@@ -135,7 +136,7 @@ def count_clipped(
 def convert_outputs(
     block: Tensor, column_max: Tensor, scheme: AnalogScheme, for_backward: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """ADC: products [T, out] of :func:`digitize_inputs`' inputs to integer ADC codes, fp32.
+    """ADC: products [T, out] of :func:`digitize_inputs`' inputs to ADC codes, in at least fp32.
 
     ``block`` is overwritten unless it is of half precision.
 
@@ -174,7 +175,8 @@ def adc_gain(column_max: Tensor, scheme: AnalogScheme, dtype: torch.dtype) -> Te
 
     ``dtype`` is that of the products.
     """
-    unit = column_max.float() * (adc_step(scheme) / input_full_scale(scheme, dtype))
+    wide = at_least_fp32(dtype)
+    unit = column_max.to(wide) * (adc_step(scheme) / input_full_scale(scheme, dtype))
     return unit.clamp_min(_TINY).reciprocal().mul_(unit > 0)
 
 

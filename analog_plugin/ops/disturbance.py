@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from analog_plugin.ops.converters import input_full_scale
+from analog_plugin.ops.converters import at_least_fp32, input_full_scale
 from analog_plugin.scheme import AnalogScheme
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -30,8 +30,9 @@ class Disturbances(NamedTuple):
 def disturb(
     block: Tensor, inputs: Tensor, weight: Tensor, scheme: AnalogScheme, disturbances: Disturbances
 ) -> Tensor:
-    """Products [T, out] of one tile with what its array does to them, computed in fp32."""
-    x, w = inputs.float(), weight.float()
+    """Products [T, out] of one tile with what its array does to them, in at least fp32."""
+    wide = at_least_fp32(block.dtype)
+    x, w = inputs.to(wide), weight.to(wide)
     if scheme.input_bits is not None and scheme.input_levels is not None:
         full = x.new_tensor(scheme.input_levels / input_full_scale(scheme, inputs.dtype))
     else:
@@ -41,4 +42,4 @@ def disturb(
     w = w / peak.clamp_min(_TINY)[:, None]
     with torch.autocast(x.device.type, enabled=False):
         change = torch.stack([change(x, w) for change in disturbances.changes]).sum(0)
-    return (block.float() + change * full * peak).to(block.dtype)
+    return (block.to(wide) + change * full * peak).to(block.dtype)

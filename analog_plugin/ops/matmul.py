@@ -178,7 +178,7 @@ def _tile_products(
         if scheme.output_bits is not None:
             block, marked = convert_outputs(block, column_max[k], scheme, for_backward)
             saturated.append(marked)
-            factor = (column_max[k].float() * adc_step(scheme)) * made.scales[k]
+            factor = (column_max[k].to(wide) * adc_step(scheme)) * made.scales[k]
         else:
             factor = made.scales[k] * full
         if out is None:

@@ -31,6 +31,7 @@ def traced_matmul(
     """
     scheme, tiles = context.scheme, context.tiles
     dtype = context.dtype or weight.dtype
+    wide = at_least_fp32(dtype)
     rows = x.reshape(-1, x.shape[-1])
     blocks = weight.split(tiles, dim=1)
     out: Tensor | None = None
@@ -38,8 +39,8 @@ def traced_matmul(
     for k, width in enumerate(tiles):
         part = slice(start, start + width)
         start += width
-        inputs, scale = _digitize(rows[:, part], input_range[k], k, context)
-        peak, block = column_max[k].float(), blocks[k]
+        inputs, scale = _digitize(rows[:, part].to(wide), input_range[k].to(wide), k, context)
+        peak, block = column_max[k].to(wide), blocks[k]
         full = input_full_scale(scheme, dtype)
         inputs = (inputs / full).to(dtype)
         product = inputs @ block.to(dtype).t()
@@ -47,7 +48,7 @@ def traced_matmul(
         if disturbances is not None:
             disturbed = disturb(product, inputs, block, scheme, disturbances)
             product = product + (disturbed - product).detach()
-        product = product.to(at_least_fp32(dtype))
+        product = product.to(wide)
         if scheme.output_levels is None:
             product = product * (scale * full)
         else:
@@ -64,7 +65,6 @@ def _digitize(
 ) -> tuple[Tensor, Tensor]:
     """Codes [T, rows], and what one code stands for."""
     scheme, levels = context.scheme, context.scheme.input_levels
-    block = block.float()
     if levels is None:
         return block, block.new_ones((1, 1))
     if scheme.input_range == "dynamic":

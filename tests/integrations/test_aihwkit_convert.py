@@ -38,6 +38,7 @@ from analog_plugin.noise import resolve_noise
 
 ARCHITECTURES = ("llama", "phi3", "gpt2")
 TILES = {"one tile": None, "several tiles": 24}
+EXACT = {"dtype": torch.float64, "drift_compensation": False}
 each_model = pytest.mark.parametrize("name", ARCHITECTURES)
 each_tiling = pytest.mark.parametrize("tile_rows", TILES.values(), ids=TILES.keys())
 
@@ -61,14 +62,16 @@ def flips(ours, theirs, x):
     return count_flips(ours, ours(x), theirs(x))
 
 
-def layer_pair(inputs=83, outputs=29, *, bias=True, spread=1.0, value=1.5, **scheme):
-    """One layer of ours with ranges, the same on aihwkit's tiles, and inputs."""
+def layer_pair(inputs=83, outputs=29, *, exact=False, bias=True, spread=1.0, value=1.5, **scheme):
+    """One layer of ours with ranges, the same on aihwkit's tiles, and inputs; fp32 or exact."""
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias))
     convert_to_analog(model, AnalogScheme(**scheme), ignore=())
     layer = model[0].eval()
     layer.set_input_range(torch.linspace(value, 2 * value, len(layer.tiles)))
-    return layer, to_aihwkit(model)[0], torch.randn(5, 40, inputs) * spread
+    theirs = to_aihwkit(model, **(EXACT if exact else {}))[0]
+    x = torch.randn(5, 40, inputs) * spread
+    return (layer.double(), theirs, x.double()) if exact else (layer, theirs, x)
 
 
 @each_tiling
@@ -92,6 +95,19 @@ def test_whole_models_agree(name, tile_rows, make_analog):
     tokens = token_ids(8, 33, seed=5)
     found = fidelity(to_aihwkit(model), tokens, Reference.of(model, tokens))
     assert found["kl"] <= 1e-3 and found["agreement"] > 0.99
+
+
+@each_tiling
+@each_model
+def test_in_float64_no_code_of_whole_models_differs(name, tile_rows, make_analog):
+    model = make_analog(name, tile_rows=tile_rows)
+    converted = to_aihwkit(model, **EXACT)
+    exact, tokens = copy.deepcopy(model).double(), token_ids(24, 33, seed=5)
+    with torch.no_grad():
+        theirs, ours = converted(tokens).logits, exact(tokens).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-12)
+    found = fidelity(converted, tokens, Reference.of(exact, tokens))
+    assert found["kl"] <= 1e-9 and found["agreement"] == 1
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0, 6.0], ids=["wide", "usual", "clipping hard"])
@@ -130,6 +146,15 @@ def test_every_scheme_computes_the_same(tile_rows, scheme):
         exact = nn.functional.linear(x, ours.weight, ours.bias)
     error = float((z - exact).norm() / exact.norm())
     assert (error < 1e-6) if scheme.get("input_bits", 8) is None else (1e-3 < error < 1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+@each_tiling
+def test_in_float64_no_code_of_any_scheme_differs(tile_rows, scheme):
+    ours, theirs, x = layer_pair(577, 65, tile_rows=tile_rows, exact=True, **scheme)
+    with torch.no_grad():
+        y, z = ours(x), theirs(x)
+    torch.testing.assert_close(y, z, rtol=0, atol=1e-13 * float(z.abs().max()))
 
 
 def test_columns_of_zeros_give_zero():
@@ -411,6 +436,12 @@ def test_what_aihwkit_cannot_hold_is_refused_or_named(make_analog):
         to_aihwkit(model, drift_compensation="yes")
     with pytest.raises(AnalogError, match=r"tiles is 'cpp'.*torch or c\+\+"):
         to_aihwkit(model, tiles="cpp")
+    with pytest.raises(AnalogError, match=r"dtype is torch.bfloat16.*write dtype=torch.float32"):
+        to_aihwkit(model, dtype=torch.bfloat16)
+    with pytest.raises(AnalogError, match=r"drift compensation.*drift_compensation=False"):
+        to_aihwkit(model, dtype=torch.float64)
+    with pytest.raises(AnalogError, match=r"tiles is 'c\+\+'.*tiles='torch'"):
+        to_aihwkit(model, tiles="c++", **EXACT)
     with pytest.raises(AnalogError, match=r"LlamaForCausalLM.*convert_to_analog"):
         to_aihwkit(tiny("llama"))
     with pytest.raises(AnalogError, match=r"input ranges of .* were never set"):

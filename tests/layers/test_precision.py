@@ -6,6 +6,7 @@ from float64_reference import analog_reference
 from torch import nn
 
 from analog_plugin import AnalogLinear, AnalogScheme
+from analog_plugin.noise import IRDrop
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -157,8 +158,26 @@ def test_training_noise_has_its_deviation_in_half_precision(dtype):
     assert float((noise / peaks).std()) == pytest.approx(0.05, rel=0.03)
 
 
-def test_double_precision_weights_are_accepted():
-    made = layer().double().eval()
-    assert made.input_range.dtype == torch.float32
-    y = made(torch.randn(5, 96).double())
-    assert y.dtype == torch.float64 and y.isfinite().all()
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "in a graph"])
+@pytest.mark.parametrize("output_bits", [None, 8], ids=["no ADC", "ADC"])
+@pytest.mark.parametrize("tile_rows", [None, 32], ids=["one tile", "3 tiles"])
+def test_float64_is_computed_in_float64(tile_rows, output_bits, graph):
+    made = layer(tile_rows=tile_rows, output_bits=output_bits).double().eval()
+    x = torch.randn(500, 96).double()
+    ranges = made.input_range.detach()
+    assert ranges.dtype == torch.float32
+    with torch.no_grad():
+        y = (torch.compile(made, backend="eager") if graph else made)(x)
+    expected = analog_reference(
+        x, made.weight.detach(), ranges, y, tiles=made.tiles, output_bits=output_bits
+    )
+    torch.testing.assert_close(y, expected.y, rtol=0, atol=1e-13)
+
+
+def test_disturbances_of_float64_are_computed_in_float64():
+    made = layer(output_bits=None).double().eval()
+    x = torch.randn(500, 96).double()
+    with torch.no_grad():
+        clean = made(x)
+        made.program(IRDrop(scale=0.0), 0)
+        torch.testing.assert_close(made(x), clean, rtol=0, atol=1e-13)

@@ -13,6 +13,7 @@ from aihwkit.simulator.configs import (
     InferenceRPUConfig,
     IOParameters,
     NoiseManagementType,
+    RPUDataType,
     TorchInferenceRPUConfig,
     WeightClipType,
     WeightModifierType,
@@ -23,6 +24,7 @@ from analog_plugin.errors import AnalogError, one_line, shown
 from analog_plugin.scheme import AnalogScheme
 
 _CONFIGURATIONS = {"torch": TorchInferenceRPUConfig, "c++": InferenceRPUConfig}
+_DATA_TYPES = {torch.float32: RPUDataType.FLOAT, torch.float64: RPUDataType.DOUBLE}
 #: What :func:`scheme_fields` finds of a scheme.
 HELD = ("input_bits", "input_range", "output_bits", "out_bound", "tile_rows", "tile_columns")
 #: Fields of a tile's forward that ours has not, with the values at which they do nothing.
@@ -45,7 +47,11 @@ _WITHOUT = {
 
 
 def rpu_config(
-    scheme: AnalogScheme, noise_model: Any, drift_compensation: Any | None, tiles: str = "torch"
+    scheme: AnalogScheme,
+    noise_model: Any,
+    drift_compensation: Any | None,
+    tiles: str = "torch",
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """The configuration of a layer with ``scheme``, for evaluation.
 
@@ -54,8 +60,10 @@ def rpu_config(
         noise_model: One of aihwkit's ``BaseNoiseModel``.
         drift_compensation: One of aihwkit's, or None.
         tiles: ``"torch"`` or ``"c++"``.
+        dtype: What the tiles compute in: fp32 or float64.
     """
     made = _CONFIGURATIONS[tiles]()
+    made.runtime.data_type = _DATA_TYPES[dtype]
     made.forward = _forward(scheme)
     ranges = made.pre_post.input_range
     ranges.enable = scheme.input_bits is not None and scheme.input_range != "dynamic"

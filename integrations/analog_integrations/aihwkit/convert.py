@@ -31,6 +31,7 @@ def to_aihwkit(
     *,
     drift_compensation: bool | Any = True,
     tiles: str = "torch",
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Put an analog model on aihwkit's tiles, ready to be programmed and read there.
 
@@ -48,27 +49,31 @@ def to_aihwkit(
         drift_compensation: True: aihwkit's ``GlobalDriftCompensation``; False: none; or one of
             aihwkit's.
         tiles: ``"torch"``, or ``"c++"`` where the installed aihwkit can run these.
+        dtype: What all of it computes in: fp32, or float64, where rounding decides next to no code
+            (torch tiles without drift compensation, which aihwkit reads in fp32).
 
     Returns:
-        The same architecture in evaluation mode and fp32, with aihwkit's layers in it and its
+        The same architecture in evaluation mode and ``dtype``, with aihwkit's layers in it and its
         methods ``program_analog_weights()`` and ``drift_analog_weights(seconds)``.
 
     Raises:
         AnalogError: There is no analog model, its ranges were never set, it is programmed already,
-            or the noise model cannot be expressed in aihwkit.
+            the noise model cannot be expressed in aihwkit, or ``dtype`` is neither of the two, or
+            float64 with C++ tiles or drift compensation.
     """
-    require_tiles(tiles)
     noise_model = noise_model_of(noise_model)
     compensation = _compensation(drift_compensation)
+    _require_precision(dtype, tiles, compensation)
+    require_tiles(tiles)
     if isinstance(model, nn.Module):
         layers, plain = _checked(model), copy.deepcopy(model)
     else:
-        plain = load_checkpoint(model, dtype=torch.float32)
+        plain = load_checkpoint(model, dtype=dtype)
         layers = _checked(plain)
-    plain = to_digital(plain).float()
+    plain = to_digital(plain).to(dtype)
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
-        config = rpu_config(layer.scheme, noise_model, compensation, tiles)
+        config = rpu_config(layer.scheme, noise_model, compensation, tiles, dtype)
         made[plain.get_submodule(name)] = _tiled(layer, config)
     for name, module in list(plain.named_modules(remove_duplicate=False)):
         if module in made:
@@ -103,12 +108,13 @@ def _checked(model: nn.Module) -> dict[str, Any]:
 
 def _tiled(layer: Any, config: Any) -> AnalogLinear:
     """One layer on tiles, with its ranges."""
+    dtype = config.runtime.data_type.as_torch()
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are set
         made = AnalogLinear(
             layer.in_features, layer.out_features, layer.bias is not None, rpu_config=config
         )
-    bias = None if layer.bias is None else layer.bias.detach().float()
-    made.set_weights(layer.tile_weight.detach().float().contiguous(), bias)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    made.set_weights(layer.tile_weight.detach().to(dtype).contiguous(), bias)
     #: Whether the layer's place in the model holds a ``Conv1D``.
     made.is_conv1d = isinstance(layer, AnalogConv1D)
     assert made.analog_module.in_sizes == layer.tiles  # both balance them alike
@@ -154,3 +160,23 @@ def _compensation(given: Any) -> Any | None:
         f"drift_compensation is {shown(given)}, but must be True, False or one of aihwkit's; write "
         "drift_compensation=True."
     )
+
+
+def _require_precision(dtype: torch.dtype, tiles: str, compensation: Any | None) -> None:
+    if dtype == torch.float32:
+        return
+    if dtype != torch.float64:
+        raise AnalogError(
+            f"dtype is {shown(dtype)}, but aihwkit's tiles compute in torch.float32 or "
+            "torch.float64; write dtype=torch.float32."
+        )
+    if tiles != "torch":
+        raise AnalogError(
+            f"tiles is {shown(tiles)}, but only torch tiles compute in float64; write "
+            "tiles='torch'."
+        )
+    if compensation is not None:
+        raise AnalogError(
+            "aihwkit's drift compensation reads tiles in fp32, which fails in float64; write "
+            "drift_compensation=False."
+        )
