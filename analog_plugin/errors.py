@@ -29,14 +29,17 @@ class BrokenTorchvision(AnalogError, ImportError):
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 3
+_LONGEST = 200
 
 
 def shown(value: object) -> str:
     """The ``repr`` of something given, at moderate length."""
     try:
-        return _SHORT.repr(value)
+        text = _SHORT.repr(value)
     except ValueError:  # a whole number of thousands of digits has no text
         return f"a huge {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def is_number(value: object) -> bool:

@@ -1,11 +1,12 @@
 """Cases for readers of files that others made, and what none of them may lead to.
 
-A reader of a new format (pickles of published models, say) gets a test in ``tests/fuzz/``: a valid
-file, :func:`garbled` or :func:`altered`, read within :func:`survived`.
+A reader of a new format gets a test in ``tests/fuzz/``: a valid file, :func:`garbled` or
+:func:`altered`, read within :func:`survived`.
 """
 
 import contextlib
 import copy
+import json
 import os
 import resource
 import signal
@@ -19,10 +20,15 @@ from analog_plugin import AnalogError
 
 #: Cases of each test; `make fuzz` runs 10,000.
 CASES = int(os.environ.get("ANALOG_FUZZ_CASES", "25"))
-_SECONDS, _BYTES = 60, 1 << 30
+_BYTES = 1 << 30
 _FORBIDDEN = {
     "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class",
     "socket.connect", "ctypes.dlopen",
+}  # fmt: skip
+#: What opens or changes files, and how many paths it is given.
+_PATHS = {
+    "open": 1, "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.chmod": 1, "os.truncate": 1,
+    "os.rename": 2, "os.link": 2, "os.symlink": 2, "shutil.rmtree": 1,
 }  # fmt: skip
 _ROOT = Path(__file__).parents[1]
 _LIBRARIES = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev")]
@@ -114,8 +120,18 @@ def garbled(draw, content, same_length=False, within=None):
     return bytes(made)
 
 
+def json_bytes(values):
+    """As JSON, lone surrogates and all."""
+    return json.dumps(values).encode("utf-8", errors="surrogatepass")
+
+
+def garbled_json(content):
+    """A file of JSON with other bytes, or with other values."""
+    return garbled(content) | altered(json.loads(content)).map(json_bytes)
+
+
 class Hang(BaseException):
-    """A case took more than a minute."""
+    """A case took too long."""
 
 
 class _Watch:
@@ -126,18 +142,19 @@ class _Watch:
         sys.addaudithook(self.hear)
 
     def hear(self, event, arguments):
-        if self.events is not None and (event == "open" or event in _FORBIDDEN):
-            self.events.append((event, arguments[0] if arguments else None))
+        if self.events is not None and (event in _FORBIDDEN or event in _PATHS):
+            self.events.append((event, arguments))
 
 
 _watch = _Watch()
 
 
 @contextlib.contextmanager
-def survived(*allowed):
+def survived(*allowed, seconds=60):
     """Success or one clear AnalogError: no other error, no hang, no memory without end.
 
-    Nothing is executed, and no file is opened but below ``allowed`` and Python's own.
+    Nothing is executed, no file is read but below ``allowed`` and Python's own, and none is changed
+    but below ``allowed``.
     """
 
     def hang(*_):
@@ -145,7 +162,7 @@ def survived(*allowed):
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kept = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(_SECONDS)
+    signal.alarm(seconds)
     _watch.events = events = []
     try:
         yield
@@ -156,11 +173,26 @@ def survived(*allowed):
         _watch.events = None
         signal.alarm(0)
         signal.signal(signal.SIGALRM, kept)
-    roots = [Path(path).resolve() for path in (*allowed, _ROOT)] + _LIBRARIES
-    for event, what in events:
-        assert event == "open", f"{event}: {what}"
-        if isinstance(what, (str, bytes, os.PathLike)):
-            path = Path(os.path.realpath(os.fsdecode(what)))
-            assert any(path.is_relative_to(root) for root in roots), f"opened {path}"
+    for event, arguments in events:
+        assert event in _PATHS, f"{event}: {arguments}"
+        if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
+            continue  # a name within a directory that shutil.rmtree was heard to be given
+        for what in arguments[: _PATHS[event]]:
+            if isinstance(what, (str, bytes, os.PathLike)):
+                path = Path(os.path.realpath(os.fsdecode(what)))
+                roots = (
+                    (*allowed, "/dev")
+                    if _changes(event, arguments, path)
+                    else (*allowed, _ROOT, *_LIBRARIES)
+                )
+                assert any(path.is_relative_to(Path(root).resolve()) for root in roots), (
+                    f"{event}: {path}"
+                )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < _BYTES, f"took {grown >> 20} MiB"
+
+
+def _changes(event, arguments, path):
+    """Whether it writes; what Python compiles as it imports is nobody's output."""
+    reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    return not reads and path.parent.name != "__pycache__"

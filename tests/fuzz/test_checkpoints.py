@@ -1,11 +1,9 @@
 """Checkpoints that others wrote, whose manifests and hashes fit."""
 
 import json
-import os
-import shutil
 
 import pytest
-from fuzzing import altered, fuzzed, garbled, survived
+from fuzzing import altered, fuzzed, garbled, garbled_json, json_bytes, survived
 from hypothesis import strategies as st
 from tiny_models import tiny, token_ids
 
@@ -35,26 +33,6 @@ def saved(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def copied(saved, tmp_path_factory):
-    """``copied(name, file, content)``: a directory of links, in which one file is another."""
-    root = tmp_path_factory.mktemp("copies")
-
-    def make(name, file, content):
-        target = root / "copy"
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(saved / name, target, copy_function=os.link)
-        (target / file).unlink()
-        (target / file).write_bytes(content)
-        return target
-
-    return make
-
-
-def json_bytes(values):
-    return json.dumps(values).encode("utf-8", errors="surrogatepass")
-
-
 @fuzzed(st.data())
 def test_analog_configs(saved, copied, data):
     config = json.loads((saved / "analog-fp" / "config.json").read_text())
@@ -67,8 +45,7 @@ def test_analog_configs(saved, copied, data):
 @fuzzed(st.data())
 def test_manifests(saved, copied, data):
     content = (saved / "analog-fp" / MANIFEST).read_bytes()
-    made = data.draw(garbled(content) | altered(json.loads(content)).map(json_bytes))
-    directory = copied("analog-fp", MANIFEST, made)
+    directory = copied("analog-fp", MANIFEST, data.draw(garbled_json(content)))
     with survived(directory):
         verify_manifest(directory)
 
@@ -99,8 +76,7 @@ def test_headers_of_weights(saved, copied, name, data):
 @fuzzed(st.sampled_from(["analog-fp", "w8a8", "mixed", "shards"]), st.data())
 def test_configurations(saved, copied, name, data):
     content = (saved / name / "config.json").read_bytes()
-    made = data.draw(garbled(content) | altered(json.loads(content)).map(json_bytes))
-    directory = copied(name, "config.json", made)
+    directory = copied(name, "config.json", data.draw(garbled_json(content)))
     with survived(directory):
         inspect_checkpoint(directory, verify=False)
 
@@ -108,7 +84,6 @@ def test_configurations(saved, copied, name, data):
 @fuzzed(st.data())
 def test_indices_of_weights(saved, copied, data):
     content = (saved / "shards" / INDEX).read_bytes()
-    made = data.draw(garbled(content) | altered(json.loads(content)).map(json_bytes))
-    directory = copied("shards", INDEX, made)
+    directory = copied("shards", INDEX, data.draw(garbled_json(content)))
     with survived(directory):
         inspect_checkpoint(directory, verify=False)

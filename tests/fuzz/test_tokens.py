@@ -1,11 +1,9 @@
 """Shards of tokens, stored teachers and kept samples that others wrote."""
 
 import json
-import os
-import shutil
 
 import pytest
-from fuzzing import altered, fuzzed, garbled, survived
+from fuzzing import fuzzed, garbled, garbled_json, survived
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny, token_ids
 
@@ -17,10 +15,6 @@ from analog_plugin.training.stored import MANIFEST, StoredTeacher, store_teacher
 
 LENGTH = 8
 FIRST = "rows-000000.safetensors"
-
-
-def json_bytes(values):
-    return json.dumps(values).encode("utf-8", errors="surrogatepass")
 
 
 @pytest.fixture(scope="module")
@@ -44,34 +38,14 @@ def saved(model, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def copied(saved, tmp_path_factory):
-    root = tmp_path_factory.mktemp("copies")
-
-    def make(name, file, content):
-        target = root / "copy"
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(saved / name, target, copy_function=os.link)
-        (path,) = target.rglob(file)
-        path.unlink()
-        path.write_bytes(content)
-        return target
-
-    return make
-
-
 def content_of(saved, name, file):
     (path,) = (saved / name).rglob(file)
     return path.read_bytes()
 
 
-def any_json(data, content):
-    return data.draw(garbled(content) | altered(json.loads(content)).map(json_bytes))
-
-
 @fuzzed(st.sampled_from(["request.json", "index.json", "shard-00001-of-00002.json"]), st.data())
 def test_manifests_of_shards(saved, copied, file, data):
-    directory = copied("shards", file, any_json(data, content_of(saved, "shards", file)))
+    directory = copied("shards", file, data.draw(garbled_json(content_of(saved, "shards", file))))
     with survived(directory):
         ShardRows(directory)[:]
     with survived(directory):
@@ -94,7 +68,7 @@ def test_files_of_shards(saved, copied, data):
 
 @fuzzed(st.data())
 def test_manifests_of_teachers(saved, copied, data):
-    made = any_json(data, content_of(saved, "teacher", MANIFEST))
+    made = data.draw(garbled_json(content_of(saved, "teacher", MANIFEST)))
     directory = copied("teacher", MANIFEST, made)
     with survived(directory):
         teacher = StoredTeacher(directory)
@@ -121,7 +95,7 @@ def test_files_of_teachers(saved, copied, data):
 @fuzzed(st.sampled_from(["tokens.safetensors", "manifest.json"]), st.data())
 def test_kept_samples(saved, copied, model, file, data):
     content = content_of(saved, "cache", file)
-    made = any_json(data, content) if file == "manifest.json" else data.draw(garbled(content))
-    directory = copied("cache", file, made)
+    garble = garbled_json if file == "manifest.json" else garbled
+    directory = copied("cache", file, data.draw(garble(content)))
     with survived(directory):
         assert generate_dataset(model, 6, 2, cache=directory).shape == (3, 2)

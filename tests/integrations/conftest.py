@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import yaml
+from lightning_models import lightning_config, lightning_model, publish
 from tiny_models import tiny, token_ids, word_tokenizer
 
 from analog_plugin import AnalogScheme, calibrate_ranges, convert_to_analog, save_checkpoint
@@ -32,6 +35,20 @@ def checkpoints(model_directory, tmp_path_factory):
 @pytest.fixture(scope="session")
 def analog_directory(checkpoints):
     return checkpoints / "analog-fp"
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A tiny model as aihwkit-lightning's are published."""
+    config = lightning_config(32)
+    theirs = lightning_model("llama", config)
+    return publish(theirs, config, tmp_path_factory.mktemp("published") / "model")
+
+
+@pytest.fixture
+def altered(published, tmp_path):
+    """A copy of it that a test may spoil."""
+    return shutil.copytree(published, tmp_path / "altered")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_models import lightning_config, lightning_model, publish
+from lightning_models import lightning_config
 
 from analog_integrations.lightning import import_lightning
 from analog_integrations.lightning.config import config_of_record
@@ -80,10 +80,8 @@ def persistent(protocol):
 
 def memo_bomb(levels=60):
     """Each tuple holds the one before twice: 2**levels things for whoever walks them."""
-    return (
-        b"\x80\x04)"
-        + b"\x94"
-        + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(levels))
+    return b"\x80\x04)" + b"".join(
+        b"q" + (n := bytes([100 + i])) + b"h" + n + b"\x86" for i in range(levels)
     )
 
 
@@ -154,6 +152,16 @@ HOSTILE = {
         b"\x80\x04" + CLASS + b")\x81}" + text("forward") + memo_bomb()[2:] + b"sb."
     ),
     "a memo bomb as a key": b"\x80\x04}" + memo_bomb()[2:] + b"Ns.",
+    "a memo bomb as a name": b"\x80\x04" + text(ROOT) + memo_bomb()[2:] + b"\x93.",
+    "a memo bomb within a record, as a name": (
+        b"\x80\x04" + CLASS + b")\x81}" + text("x") + memo_bomb()[2:] + b"sb" + text("x") + b"\x93."
+    ),
+    "an attribute of a long name": (
+        b"\x80\x04" + CLASS + b")\x81}" + text("x" * 200) + b"Nsb."
+    ),
+    "an attribute with a line in its name": (
+        b"\x80\x04" + CLASS + b")\x81}" + text("a\n# b") + b"Nsb."
+    ),
     "a list bomb": b"\x80\x04]\x94" + b"h\x00h\x00e" * 1000 + b".",
     "tuples within tuples": b"\x80\x04)" + b"\x85" * 60_000 + b".",
     "dictionaries within each other": (
@@ -286,16 +294,15 @@ def test_any_sequence_of_opcodes_is_refused_or_read(pieces):
         scheme_of(config_of_record(parse_record(b"\x80\x04" + b"".join(pieces) + b"."))[0])
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    config = lightning_config(32)
-    theirs = lightning_model("llama", config)
-    return publish(theirs, config, tmp_path_factory.mktemp("published") / "model")
-
-
-@pytest.fixture
-def altered(published, tmp_path):
-    return shutil.copytree(published, tmp_path / "altered")
+def test_attributes_of_no_version_are_quoted_briefly():
+    bomb = memo_bomb()[2:]
+    inner = b"caihwkit_lightning.simulator.parameters.io\nIOParameters\n)\x81}" + text("x")
+    pairs = [text(f"a{i}") + inner + bomb + b"sb" + text(f"b{i}") + bomb for i in range(80)]
+    begun = time.process_time()
+    record = parse_record(b"\x80\x04" + CLASS + b")\x81}(" + b"".join(pairs) + b"ub.")
+    (note,) = config_of_record(record)[1]
+    assert time.process_time() - begun < 1
+    assert len(note) < 3000 and "a0=Record(name='IOParameters'), b0=(" in note
 
 
 def rewritten(path, compress=zipfile.ZIP_STORED, replace=None, extra=None):
@@ -339,6 +346,7 @@ def larger_than_the_file(path):
     rewritten(path, replace={"data.pkl": data.replace(told, larger)})
 
 
+HUGE = b"\x80\x02}X\x01\0\0\0ac%b\n\x8a\x05\0\0\0\0\x10\x85Rs."
 BINS = {
     "a call": lambda path: torch.save({"a": Call(os.system, SENTINEL)}, path),
     "a call, without an archive": lambda path: path.write_bytes(HOSTILE["a call of os.system"]),
@@ -360,6 +368,21 @@ BINS = {
     "no archive": lambda path: path.write_bytes(b"nothing"),
     "empty": lambda path: path.write_bytes(b""),
     "a list": lambda path: torch.save([torch.ones(2)], path),
+    "a memo bomb as a key": lambda path: rewritten(
+        path, replace={"data.pkl": b"\x80\x02}" + memo_bomb()[2:] + b"Ns."}
+    ),
+    "64 GB of zeros": lambda path: rewritten(
+        path, replace={"data.pkl": HUGE % b"builtins\nbytearray"}
+    ),
+    "a tensor of 256 GB": lambda path: rewritten(
+        path, replace={"data.pkl": HUGE % b"torch\nFloatTensor"}
+    ),
+    "a dictionary without items": lambda path: rewritten(
+        path, replace={"data.pkl": b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsNsb."}
+    ),
+    "two descriptions": lambda path: rewritten(path, extra={"data.pkl": b"\x80\x02}."}),
+    "big-endian": lambda path: rewritten(path, replace={"byteorder": b"big"}),
+    "a shorter storage": lambda path: rewritten(path, replace={"data/0": b"\0"}),
     "names that are no strings": lambda path: torch.save({3: torch.ones(2)}, path),
     "a sparse tensor": lambda path: torch.save({"a": torch.eye(3).to_sparse()}, path),
     "complex numbers": lambda path: torch.save({"a": torch.ones(2) * 1j}, path),

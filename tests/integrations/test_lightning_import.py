@@ -312,21 +312,6 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    config = lightning_config(32)
-    theirs = lightning_model("llama", config)
-    return publish(theirs, config, tmp_path_factory.mktemp("published") / "model")
-
-
-@pytest.fixture
-def altered(published, tmp_path):
-    """A copy that a test may spoil."""
-    import shutil
-
-    return shutil.copytree(published, tmp_path / "altered")
-
-
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_no_scheme_can_hold_is_one_sentence(changes, message, altered, tmp_path):
     (altered / "rpu_config").write_bytes(dill.dumps(lightning_config(32, **changes)))

@@ -122,14 +122,14 @@ def config_of_record(record: Record) -> tuple[LightningConfig, list[str]]:
     unknown = []
     for place, name, value in _attributes(record, _ROOT, ""):
         if name not in _KINDS:
-            unknown.append(f"{place}={shown(value)}")
+            unknown.append((place, value))
         else:
             found[name] = _checked(place, name, value)
     notes = []
     if unknown:
+        told = ", ".join(f"{place}={shown(value)}" for place, value in unknown[:10])
         notes.append(
-            f"rpu_config also says {', '.join(unknown[:10])}, which aihwkit-lightning 2.1 does not "
-            "look at either."
+            f"rpu_config also says {told}, which aihwkit-lightning 2.1 does not look at either."
         )
     return _translated(LightningConfig(**found)), notes
 

@@ -69,7 +69,7 @@ def import_lightning(
     """Turn a model trained with aihwkit-lightning into a checkpoint of the profile ``analog-fp``.
 
     Nothing in the directory is executed, and aihwkit-lightning is not needed: tensors are read by
-    ``torch.load(weights_only=True)`` or safetensors, ``rpu_config`` by a reader that knows only the
+    safetensors or a reader that knows only tensors, ``rpu_config`` by one that knows only the
     configuration's classes.
 
     Args:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analog_integrations.lightning.archives import DTYPES, RESAVE, read_archive
 from analog_integrations.lightning.config import LEARNABLE, PER_CHANNEL, LightningConfig
 from analog_plugin.checkpoint.layout import WEIGHTS_FILE, WEIGHTS_INDEX, weight_files
 from analog_plugin.errors import AnalogError, one_line, shown
@@ -22,9 +22,6 @@ COUNT = "input_range_update_idx"
 CLIP = "learnable_weight_clip"
 #: What aihwkit-lightning's layers hold beside weight and bias.
 ANALOG_STATE = (RANGE, COUNT, "x_min", "x_max", CLIP)
-#: The description of tensors within a file: about 100 bytes for each.
-_LONGEST_DESCRIPTION = 8 << 20
-_RESAVE = 'torch.save(dict(model.state_dict()), "pytorch_model.bin")'
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -56,7 +53,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = directory / name
-        read = _read_bin if name.endswith(".bin") else _read_safetensors
+        read = read_archive if name.endswith(".bin") else _read_safetensors
         for key, tensor in read(path).items():
             _check_tensor(path, key, tensor)
             if key in tensors:
@@ -85,86 +82,20 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
         raise AnalogError(f"{path} cannot be read: {one_line(error)}; copy it again.") from None
 
 
-def _read_bin(path: Path) -> Mapping[str, Any]:
-    """What ``torch.save`` wrote, by torch's reader that knows nothing but tensors.
-
-    Mapped, so that a tensor that claims to be larger than the file is an error and no read beyond
-    it.
-    """
-    _check_archive(path)
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ")
-        raise AnalogError(
-            f"{path} holds more than a dictionary of tensors, which is never unpickled "
-            f"({_named(reason)}); a raw state_dict() of aihwkit-lightning carries its "
-            f"configuration along: where you trust the file, load it once and write {_RESAVE}."
-        ) from None
-    # Broken files fail anywhere in torch.
-    except Exception as error:
-        raise AnalogError(f"{path} cannot be read: {one_line(error)}; copy it again.") from None
-    if not isinstance(values, dict):
-        raise AnalogError(
-            f"{path} holds a {type(values).__name__} instead of a dictionary of tensors; write "
-            f"{_RESAVE}."
-        )
-    return values
-
-
-def _named(reason: str) -> str:
-    """What torch's long message says that it met."""
-    _, found, what = reason.partition("Unsupported ")
-    return one_line(pickle.UnpicklingError(found + what if found else reason))[:120]
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse archives that are more than they seem: compressed, overlapping, or no archive."""
-    try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise AnalogError(
-            f"{path} cannot be read as a file of torch.save: {one_line(error)}; copy it again, or "
-            f"write it anew: {_RESAVE}."
-        ) from None
-    stored = all(
-        record.compress_type == zipfile.ZIP_STORED and record.file_size == record.compress_size
-        for record in records
-    )
-    if not stored or sum(record.file_size for record in records) > size:
-        raise AnalogError(
-            f"{path} is compressed or holds parts that overlap, which torch.save never writes; "
-            f"write it anew: {_RESAVE}."
-        )
-    described = sum(r.file_size for r in records if r.filename.endswith(".pkl"))
-    if described > _LONGEST_DESCRIPTION:
-        raise AnalogError(
-            f"{path} describes its tensors in {described} bytes, more than any model needs; write "
-            f"it anew: {_RESAVE}."
-        )
-
-
 def _check_tensor(path: Path, name: Any, value: Any) -> None:
     plain = (
         isinstance(name, str)
         and type(value) in (Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
-        and value.dtype in _DTYPES
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        and value.dtype in DTYPES
+        # numel() of absurd sizes overflows
+        and math.prod(value.shape) * value.element_size() <= value.untyped_storage().nbytes()
     )
     if not plain:
         kind = f"{type(value).__name__} {getattr(value, 'dtype', '')}".strip()
         raise AnalogError(
-            f"{path} holds {shown(name)}, a {kind}, instead of a plain tensor; write {_RESAVE}."
+            f"{path} holds {shown(name)}, a {kind}, instead of a plain tensor; write {RESAVE}."
         )
-
-
-_DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-)  # fmt: skip
 
 
 def part_state(
