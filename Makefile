@@ -58,7 +58,7 @@ $(VLLM_READY): tests/serving/requirements.txt
 	touch $(VLLM_READY)
 
 fuzz: setup ## 10,000 cases for each reader of files
-	ANALOG_FUZZ_CASES=10000 $(BIN)/python -m pytest -q tests/fuzz
+	ANALOG_FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --durations 0 tests/fuzz
 
 test-vllm: setup $(VLLM_READY) ## Exported checkpoints in vLLM, in build/vllm; Python 3.11 or newer
 	$(BIN)/python -m pytest -q -m vllm tests/serving
