@@ -30,6 +30,7 @@ class Run:
         kept = {k: v for k, v in os.environ.items() if k.startswith(("ANALOG_", "HF_"))}
         environment = kept | {"OMP_NUM_THREADS": "1"} | environment
         self.log = Path(log)
+        self.log.write_text("")  # of a run before this one
         self.process = _context.Process(
             target=_child, args=(str(log), environment, work, arguments), daemon=True
         )
