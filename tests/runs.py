@@ -189,6 +189,7 @@ def clip_in_parts(shapes, alpha):
 
 def train_by_zero(output, dtype, bf16, trainable):
     """Train in ZeRO-2 and look after each step at weights, their fp32 masters and the ranges."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     from tiny_models import tiny, token_ids
     from transformers import TrainerCallback, TrainingArguments
@@ -217,7 +218,14 @@ def train_by_zero(output, dtype, bf16, trainable):
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     layers = [(name, layer) for name, layer in analog_layers(model) if layer.weight.requires_grad]
     ranges = [layer.input_range.detach().clone() for _, layer in layers]
-    seen = []
+    seen, norms = [], []
+    usual_norm = DeepSpeedZeroOptimizer.scaled_global_norm
+
+    def counted_norm(*args, **kwargs):
+        norms.append(usual_norm(*args, **kwargs))
+        return norms[-1]
+
+    DeepSpeedZeroOptimizer.scaled_global_norm = counted_norm
 
     class Lost(AnalogTrainer):
         """The second step's loss is not a number in the second process."""
@@ -267,6 +275,9 @@ def train_by_zero(output, dtype, bf16, trainable):
     callback = trainer.analog_callback
     trainer.train()
 
+    assert len(norms) == 3  # one a step, the Trainer's log and clipping included
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged[0] == float(norms[0]) and logged[2] == float(norms[2]) != logged[0]
     (first, momentum, _), (skipped, same, held), (last, _, _) = seen
     assert callback.skipped_steps == 1 and torch.equal(momentum, same)
     assert all(torch.equal(first[name], skipped[name]) for name in first)

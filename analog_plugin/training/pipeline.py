@@ -12,6 +12,7 @@ from torch import nn
 from analog_plugin import processes
 from analog_plugin.recipe import AnalogRecipe
 from analog_plugin.training.kept import KeptRun
+from analog_plugin.training.lock import run_lock
 from analog_plugin.training.record import run_identity
 from analog_plugin.training.signals import Termination
 from analog_plugin.training.stages import AnalogResult, Stages
@@ -48,7 +49,8 @@ def train_analog(
     else, and has the reports.
 
     Raises:
-        AnalogError: A setting does not fit the model or the data; the model is digital as before.
+        AnalogError: A setting does not fit the model or the data, or another run uses ``keep``;
+            the model is digital as before.
         TrainingStopped: SIGTERM came; what was done is kept in ``keep``.
     """
     recipe = AnalogRecipe.parse(recipe)
@@ -56,11 +58,13 @@ def train_analog(
     train = train and recipe.training is not None
     strategy = (recipe.training or {}).get("save_strategy", "steps")
     termination, kept = Termination(), None
-    if keep is not None and train and strategy != "no":
-        identity = run_identity(model, recipe, dataset, processes.process_count())
-        limit = (recipe.training or {}).get("save_total_limit") or 2
-        kept = KeptRun(Path(keep), identity, limit, resume=resume, overwrite=overwrite)
-    with contextlib.nullcontext() if kept is None else termination.handled():
+    with contextlib.ExitStack() as stack:
+        if keep is not None and train and strategy != "no":
+            stack.enter_context(run_lock(keep))
+            identity = run_identity(model, recipe, dataset, processes.process_count())
+            limit = (recipe.training or {}).get("save_total_limit") or 2
+            kept = KeptRun(Path(keep), identity, limit, resume=resume, overwrite=overwrite)
+            stack.enter_context(termination.handled())
         return Stages(model, recipe, tokenizer, dataset, train, kept, termination).run()
 
 

@@ -76,6 +76,7 @@ class ZeroTwo:
     ) -> None:
         self.ranges, self.relative = ranges, relative
         self._skip = False
+        self._known_norm: Tensor | None = None
         own = {id(layer.input_range) for _, layer in analog_layers(model)}
         self._whole = [p for p in model.parameters() if id(p) in own]
         self._dtypes = [(p, p.dtype) for p in model.parameters() if id(p) not in own]
@@ -107,6 +108,9 @@ class ZeroTwo:
         # The engine asks whether gradients overflowed, and drops the step where they did.
         self._partitioned.check_grad_overflow = True
         self._partitioned.check_overflow = self._answer
+        # It is asked for by the Trainer, by the callback and by the engine's step.
+        self._measured_norm = self._partitioned.scaled_global_norm
+        self._partitioned.scaled_global_norm = self._norm
         for parameter in self._whole:
             parameter.data = self._kept.pop(id(parameter)).to(parameter.device)
 
@@ -117,9 +121,17 @@ class ZeroTwo:
     def _answer(self, partition_gradients: bool = True) -> None:
         self._partitioned.overflow = self._skip
 
+    def _norm(self, norm_type: float = 2) -> Tensor:
+        if self._known_norm is None:
+            self._known_norm = self._measured_norm(norm_type)
+        return self._known_norm
+
     def gradient_norm(self) -> float:
-        """Norm of the weights' gradients over all processes, which must all ask for it."""
-        return float(self._partitioned.scaled_global_norm())
+        """Norm of the weights' gradients over all processes, found once a step.
+
+        All processes must ask for it.
+        """
+        return float(self._norm())
 
     def skip(self) -> None:
         """Let the next step change nothing."""
@@ -128,6 +140,7 @@ class ZeroTwo:
     def step(self) -> None:
         """The step of the weights, and that of the ranges with their gradients."""
         self.engine.step()
+        self._known_norm = None
         self._partitioned.overflow = False  # the schedule goes on, as without an engine
         if self.ranges is not None and not self._skip:
             for group in self.ranges.param_groups:

@@ -138,6 +138,14 @@ def test_two_processes_under_zero2_do_what_one_does(export, fields, tmp_path):
 
 
 @needs_deepspeed
+def test_two_processes_under_zero2_begin_in_bf16_where_one_does(export, tmp_path):
+    for way in (None, "zero2"):
+        training = {"save_strategy": "no", "bf16": True}
+        finished(export(way, 1, "--dtype", "bfloat16", training=training))
+    assert (losses(tmp_path / "zero2") - losses(tmp_path / "None")).abs().max() < 1e-7
+
+
+@needs_deepspeed
 @pytest.mark.parametrize(
     "dtype, bf16, trainable",
     [

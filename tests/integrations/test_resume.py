@@ -55,16 +55,41 @@ def test_a_killed_command_goes_on_to_the_same_bits(arguments, tmp_path):
         assert run.wait() == -signal.SIGKILL, run.output
         assert not out.exists()
         left.append([p.name for p in sorted((tmp_path / "out.training").iterdir())])
-    assert left[0] == ["start"]
+    assert left[0] == ["lock", "start"]
     assert [name.partition(".partial-")[0] for name in left[1]] == [
-        ".checkpoint-4", "checkpoint-2", "start",
+        ".checkpoint-4", "checkpoint-2", "lock", "start",
     ]  # fmt: skip
-    assert left[2] == ["checkpoint-2", "checkpoint-4", "start", "trained"]
+    assert left[2] == ["checkpoint-2", "checkpoint-4", "lock", "start", "trained"]
     run = runs.Run(log, runs.export, *arguments, "--resume", out)
     assert run.wait() == 0, run.output
     assert "trained holds." in run.output
     assert runs.different(whole, out) == []
     assert not (tmp_path / "out.training").exists()
+
+
+def wait_before_training():
+    stages.run_training = lambda *args: signal.pause()
+
+
+def test_a_second_command_on_one_run_is_refused_until_the_first_is_killed(arguments, tmp_path):
+    out, start = tmp_path / "out", tmp_path / "out.training" / "start"
+    first = runs.Run(
+        tmp_path / "first", runs.broken_export, wait_before_training, *arguments, "--resume", out
+    )
+    while not start.exists():
+        assert first.wait(0.05) is None, first.output
+    for options in ([], ["--resume"], ["--overwrite"], ["--no-train"]):
+        second = runs.Run(tmp_path / "second", runs.export, *arguments, *options, out)
+        assert second.wait() == 1
+        assert f"in use by another run (process {first.process.pid} on" in second.output
+        assert "Go on with" not in second.output
+    assert start.exists() and not out.exists()
+    first.send(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    third = runs.Run(tmp_path / "third", runs.export, *arguments, "--resume", out)
+    assert third.wait() == 0, third.output
+    assert "start holds." in third.output
+    assert not start.parent.exists()
 
 
 @pytest.mark.slow

@@ -415,6 +415,8 @@ def test_a_teacher_may_be_of_another_type(make_trainer):
     cast = make_trainer(own={"teacher_dtype": "bfloat16"})
     cast.train()
     assert {p.dtype for p in cast.teacher.parameters()} == {torch.bfloat16}
+    original = dict(plain.teacher.named_buffers())  # rotary frequencies: rounded, positions drift
+    assert original and all(torch.equal(b, original[n]) for n, b in cast.teacher.named_buffers())
     assert {p.dtype for p in cast.model.parameters()} == {torch.float32}
     assert losses(cast) != losses(plain)
     assert losses(cast) == pytest.approx(losses(plain), rel=0.1)

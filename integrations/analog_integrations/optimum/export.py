@@ -18,6 +18,7 @@ from analog_plugin.paths import check_output
 from analog_plugin.pretrained import load_causal_lm, load_tokenizer, read_model_config
 from analog_plugin.recipe import AnalogRecipe
 from analog_plugin.training.kept import forget_run, training_directory
+from analog_plugin.training.lock import run_lock
 from analog_plugin.training.pipeline import AnalogResult, train_analog
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -72,19 +73,20 @@ def main_export(
         raise AnalogError(f"task is {task!r}, but only text-generation is offered.")
     settings = processes.by_first(lambda: effective_recipe(recipe, profile=profile, seed=seed))
     processes.by_first(lambda: check_output(output, overwrite))
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     keep = training_directory(output)
-    result = train_analog(
-        loaded,
-        settings,
-        tokenizer=tokenizer,
-        dataset=dataset,
-        train=not no_train,
-        keep=keep,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    processes.by_first(lambda: _write(result, output, tokenizer, overwrite, keep))
+    with run_lock(keep):
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        result = train_analog(
+            loaded,
+            settings,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            train=not no_train,
+            keep=keep,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        processes.by_first(lambda: _write(result, output, tokenizer, overwrite, keep))
     return result
 
 
