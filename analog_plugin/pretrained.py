@@ -5,6 +5,7 @@ No code from the model's directory is run, and transformers is never left to ask
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,12 +124,16 @@ def load_tokenizer(source: str | Path, name: str | None = None) -> Any | None:
         name: What the user called it, for errors; None: ``source``.
 
     Raises:
-        AnalogError: There is one, but its files cannot be read.
+        AnalogError: There is one, but its files cannot be read, or not be written again.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # JSON can spell characters that no file can hold: better now than after a training.
+        settings = [tokenizer.init_kwargs, tokenizer.chat_template]
+        json.dumps(settings, ensure_ascii=False, default=str).encode()
+        return tokenizer
     # Where files are missing or broken, each kind of tokenizer raises something else.
     except Exception as error:
         if not str(source) or not any(Path(source).glob("tokenizer*")):

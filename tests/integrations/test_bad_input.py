@@ -221,6 +221,14 @@ def test_a_tokenizer_that_cannot_be_read(refuse, model_directory, tmp_path):
     assert "tokenizer" in refuse(model=tmp_path / "model")
 
 
+@pytest.mark.parametrize("setting", ["\ud800", "chat_template"])
+def test_a_tokenizer_that_could_not_be_written_again(setting, refuse, model_directory, tmp_path):
+    shutil.copytree(model_directory, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: "\ud800"}))
+    assert "tokenizer" in refuse(model=tmp_path / "model")
+
+
 SMALL = {"vocab_size": 128, "num_hidden_layers": 2}
 
 
