@@ -38,7 +38,7 @@ def merge_shards(directory: str | Path, validation: float = 0.0) -> ShardIndex:
         try:
             digest.update(store.whole(shard).tokens_sha256.encode())
         except AnalogError as error:
-            faults[shard] = str(error).rstrip(".")
+            faults[shard] = str(error)
     if faults:
         told = "; ".join(
             f"shard {shard}: {fault}" for shard, fault in list(faults.items())[:_SHOWN]

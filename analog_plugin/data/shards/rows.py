@@ -54,9 +54,8 @@ class ShardRows(Dataset):
             try:
                 manifest = store.whole(shard, verify=False)
             except AnalogError as error:
-                fault = str(error).rstrip(".")
                 raise AnalogError(
-                    f"{directory} cannot be read: shard {shard}: {fault}; make it with optimum-cli "
+                    f"{directory} cannot be read: shard {shard}: {error}; make it with optimum-cli "
                     f"analog generate --shard {shard}."
                 ) from None
             self.largest_token = max(self.largest_token, manifest.largest_token)

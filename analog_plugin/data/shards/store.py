@@ -122,7 +122,7 @@ class ShardStore:
             verify: Whether to compare the hash of its file, too; otherwise only its size.
 
         Raises:
-            AnalogError: It is not whole; what is said begins no sentence.
+            AnalogError: It is not whole; what is said neither begins nor ends a sentence.
         """
         path = self.path_of(shard)
         if not self.manifest_of(shard).exists():
@@ -137,8 +137,8 @@ class ShardStore:
                 raise AnalogError(f"{path.name} is not the file that was written")
         except FileNotFoundError:
             raise AnalogError(f"{path.name} is missing") from None
-        except OSError as error:
-            raise AnalogError(str(error)) from None
+        except (AnalogError, OSError) as error:
+            raise AnalogError(str(error).rstrip(".")) from None
         return manifest
 
     def fault(self, shard: int) -> str | None:
@@ -146,7 +146,7 @@ class ShardStore:
         try:
             self.whole(shard)
         except AnalogError as error:
-            return str(error).rstrip(".")
+            return str(error)
         return None
 
     def is_new(self, shard: int) -> bool:
