@@ -131,7 +131,7 @@ def load_tokenizer(source: str | Path, name: str | None = None) -> Any | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         # JSON can spell characters that no file can hold: better now than after a training.
-        settings = [tokenizer.init_kwargs, tokenizer.chat_template]
+        settings = [getattr(tokenizer, name, None) for name in ("init_kwargs", "chat_template")]
         json.dumps(settings, ensure_ascii=False, default=str).encode()
         return tokenizer
     # Where files are missing or broken, each kind of tokenizer raises something else.
