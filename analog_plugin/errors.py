@@ -10,6 +10,10 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class AnalogError(ValueError):
@@ -53,6 +57,13 @@ def is_number(value: object) -> bool:
 def one_line(error: BaseException) -> str:
     """What ``error`` says and its type, in one line of moderate length."""
     return f"{textwrap.shorten(str(error), 300, placeholder=' …')} ({type(error).__name__})"
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault is and what it is; both may quote a file, so in one short line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "all"
+    return textwrap.shorten(f"{place} is wrong ({first['msg']})", 300, placeholder=" …)")
 
 
 #: Packages whose own requirements break this set-up, or which we need only the files of.

@@ -1,4 +1,4 @@
-"""Reading files: JSON objects, and hashes of content."""
+"""Reading files: text, JSON objects, and hashes of content."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from analog_plugin.errors import AnalogError, one_line
+from analog_plugin.errors import AnalogError, one_line, shown
 
 # No configuration, index or manifest is so long; a file that is would take all memory.
-_LONGEST_JSON = 64 << 20
+_LONGEST = 64 << 20
+
+
+def read_text(path: Path) -> str:
+    """Read a file of text.
+
+    Raises:
+        AnalogError: It is too long, or no file: a device or a pipe may have no end.
+        OSError, UnicodeDecodeError: It is missing or cannot be read.
+    """
+    size = path.stat().st_size
+    if not path.is_file():
+        raise AnalogError(f"{shown(str(path))} is no file; give a file.")
+    if size > _LONGEST:
+        raise AnalogError(
+            f"{shown(str(path))} has {size} bytes, more than any such file; copy it again."
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,12 +37,11 @@ def read_json(path: Path) -> dict[str, Any]:
         AnalogError: It is missing, too long, not JSON, or holds something else.
     """
     try:
-        size = path.stat().st_size
-        if size > _LONGEST_JSON:
-            raise AnalogError(f"{path} has {size} bytes, more than any such file; copy it again.")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except FileNotFoundError:
         raise AnalogError(f"{path.parent} has no {path.name}; give a model directory.") from None
+    except AnalogError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise AnalogError(f"{path} cannot be read as JSON: {one_line(error)}.") from None
     if not isinstance(values, dict):

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.files import read_text
 from analog_plugin.settings import Settings
 
 #: What numpy and torch both take.
@@ -232,13 +233,17 @@ def read_assignment(path: str) -> Mapping[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(Path(path)))
+    except AnalogError as error:
+        raise AnalogError(f"The assignment {error}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise AnalogError(f"The assignment {path} cannot be read: {one_line(error)}.") from None
+        raise AnalogError(
+            f"The assignment {shown(path)} cannot be read: {one_line(error)}."
+        ) from None
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise AnalogError(
-            f"The assignment {path} holds {shown(values)}, but must map module names or patterns "
-            "to digital or to fields; write for instance down_proj: digital."
+            f"The assignment {shown(path)} holds {shown(values)}, but must map module names or "
+            "patterns to digital or to fields; write for instance down_proj: digital."
         )
     return values
 

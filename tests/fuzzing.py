@@ -150,16 +150,17 @@ _watch = _Watch()
 
 
 @contextlib.contextmanager
-def survived(*allowed, seconds=60):
+def survived(*allowed, reads=(), seconds=60):
     """Success or one clear AnalogError: no other error, no hang, no memory without end.
 
-    Nothing is executed, no file is read but below ``allowed`` and Python's own, and none is changed
-    but below ``allowed``.
+    Nothing is executed, no file is read but below ``allowed``, those of ``reads`` and Python's own,
+    and none is changed but below ``allowed``.
     """
 
     def hang(*_):
         raise Hang
 
+    named = {Path(read) for read in reads}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kept = signal.signal(signal.SIGALRM, hang)
     signal.alarm(seconds)
@@ -180,11 +181,10 @@ def survived(*allowed, seconds=60):
         for what in arguments[: _PATHS[event]]:
             if isinstance(what, (str, bytes, os.PathLike)):
                 path = Path(os.path.realpath(os.fsdecode(what)))
-                roots = (
-                    (*allowed, "/dev")
-                    if _changes(event, arguments, path)
-                    else (*allowed, _ROOT, *_LIBRARIES)
-                )
+                changes = _changes(event, arguments, path)
+                if not changes and Path(os.fsdecode(what)) in named:
+                    continue
+                roots = (*allowed, "/dev") if changes else (*allowed, _ROOT, *_LIBRARIES)
                 assert any(path.is_relative_to(Path(root).resolve()) for root in roots), (
                     f"{event}: {path}"
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
-from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.errors import AnalogError, first_fault, one_line, shown
 from analog_plugin.files import read_json, sha256_of
 from analog_plugin.scheme import AnalogScheme
 
@@ -79,7 +78,7 @@ class AnalogConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise AnalogError(
-                f"{directory}/config.json: analog_config.{_first_fault(error)}; the checkpoint was "
+                f"{directory}/config.json: analog_config.{first_fault(error)}; the checkpoint was "
                 "altered, export it again."
             ) from None
 
@@ -175,7 +174,7 @@ def read_manifest(directory: Path) -> dict[str, ManifestEntry]:
         return Manifest.model_validate(read_json(path)).files
     except ValidationError as error:
         raise AnalogError(
-            f"{path} cannot be read: {_first_fault(error)}; export the checkpoint again."
+            f"{path} cannot be read: {first_fault(error)}; export the checkpoint again."
         ) from None
 
 
@@ -230,10 +229,3 @@ def _is_inside(name: str) -> bool:
     path = Path(name)
     relative = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     return relative and name.isprintable() and len(name) < 256
-
-
-def _first_fault(error: ValidationError) -> str:
-    """Where the first fault is and what it is; both may quote the file, so on one short line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return textwrap.shorten(f"{place} is wrong ({first['msg']})", 300, placeholder=" …)")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from analog_plugin.data.limits import check_sequence_length, check_token_ids
 from analog_plugin.data.sampling import Sampling, first_token, sample_rows
 from analog_plugin.errors import AnalogError
+from analog_plugin.files import read_json
 from analog_plugin.paths import atomic_directory, cache_directory, check_output
 
 _FORMAT = 1
@@ -121,11 +122,9 @@ def _read(directory: Path, request: dict[str, Any]) -> Tensor | None:
     from safetensors.torch import load_file
 
     try:
-        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest = read_json(directory / "manifest.json")
         rows = load_file(directory / "tokens.safetensors")["input_ids"]
-    except (OSError, ValueError, SafetensorError, KeyError):
-        return None
-    if not isinstance(manifest, dict):
+    except (AnalogError, OSError, SafetensorError, KeyError):
         return None
     if manifest.get("request") != request or manifest.get("sha256") != _hash(rows):
         return None

@@ -71,7 +71,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         try:
             record = json.loads(line)
             problems.append(Problem(str(record["prompt"]), str(record["answer"])))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise AnalogError(
                 f"Line {number} of {path} is no problem; write "
                 '{"prompt": "3 + 4 =", "answer": "7"}.'

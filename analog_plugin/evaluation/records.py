@@ -59,7 +59,7 @@ class RecordFile:
                 self.check(record)
             except AnalogError:
                 raise
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 way = "remove the line, or " if number > 1 else ""
                 raise AnalogError(
                     f"Line {number} of {self.path} cannot be used: {one_line(error)}; {way}give "

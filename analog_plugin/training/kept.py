@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from analog_plugin.checkpoint.layout import verify_manifest, write_manifest
-from analog_plugin.errors import AnalogError, one_line
+from analog_plugin.errors import AnalogError, first_fault, one_line
 from analog_plugin.files import read_json
 from analog_plugin.layers import analog_layers, convert_to_analog, model_scheme
 from analog_plugin.layers.prefix import Prefix, install_prefix, installed_prefix
@@ -226,8 +226,7 @@ class KeptRun:
             AnalogScheme.from_dict(record.scheme)
         except ValidationError as error:
             raise AnalogError(
-                f"{place / _RECORD} cannot be read ({error.errors()[0]['msg']}); delete "
-                f"{self.directory}."
+                f"{place / _RECORD} cannot be read: {first_fault(error)}; delete {self.directory}."
             ) from None
         return record
 

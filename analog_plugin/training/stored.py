@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from analog_plugin.data.generate import fingerprint
 from analog_plugin.data.shards.rows import TokenRows
-from analog_plugin.errors import AnalogError, one_line
+from analog_plugin.errors import AnalogError, first_fault, one_line
 from analog_plugin.files import read_json, sha256_of
 from analog_plugin.layers.prefix import installed_prefix
 from analog_plugin.modes import evaluation_mode
@@ -179,9 +179,7 @@ class StoredTeacher:
                 if verify and sha256_of(self.directory / file.name) != file.sha256
             ]
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise self._unreadable(f"{MANIFEST}: {place}: {first['msg']}") from None
+            raise self._unreadable(f"{MANIFEST}: {first_fault(error)}") from None
         except (AnalogError, OSError) as error:
             raise self._unreadable(str(error).rstrip(".")) from None
         if damaged:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,14 +169,18 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-8])
 
 
+def nest(path):
+    path.write_bytes(b"[" * 100_000 + path.read_bytes())
+
+
 def flip_a_byte(path):
     data = bytearray(path.read_bytes())
     data[-4] ^= 1
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("damage", [overwrite, truncate, flip_a_byte, lambda path: path.unlink()],
-                         ids=["overwritten", "truncated", "a byte flipped", "gone"])  # fmt: skip
+@pytest.mark.parametrize("damage", [overwrite, truncate, flip_a_byte, nest, Path.unlink],
+                         ids=["overwritten", "truncated", "flipped", "nested", "gone"])  # fmt: skip
 @pytest.mark.parametrize("name", ["tokens.safetensors", "manifest.json"])
 def test_a_damaged_cache_is_made_again(damage, name, model):
     first = generate_dataset(model, 60, LENGTH)

@@ -168,6 +168,16 @@ def test_a_damaged_shard_is_named_and_made_again(damage, part, make, capsys):
     assert ("Shard 4 is damaged" in told) == (not missing)
 
 
+@pytest.mark.parametrize("name", ["manifest", "request"])
+def test_a_fault_that_quotes_a_file_is_short(name, make):
+    store, _ = make()
+    path = store.manifest_of(4) if name == "manifest" else store.directory / "request.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"9" * 50_000: 1}))
+    with pytest.raises(AnalogError, match=r"cannot be read: ") as caught:
+        merge_shards(store.directory)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"seed": 4}, "seed 3, not 4"), ({"tokens": 900}, "tokens 157, not 900"),

@@ -208,7 +208,7 @@ def test_wrong_arguments_are_refused(options, message, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "x"}', "[]", "x", "3"])
+@pytest.mark.parametrize("line", ['{"prompt": "x"}', "[]", "x", "3", "[" * 100_000])
 def test_a_file_of_problems_is_read_or_its_line_named(line, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a", "answer": 3}\n\n')

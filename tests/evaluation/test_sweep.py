@@ -133,7 +133,7 @@ CELL = {"model": "a", "identity": "b", "evaluator": "c", "noise": "pcm", "seed":
 
 @pytest.mark.parametrize(
     "line",
-    ["", "[]", "{}", "null", '{"model": 1}', "\x00"]
+    ["", "[]", "{}", "null", '{"model": 1}', "\x00", "[" * 100_000]
     + [json.dumps(CELL | {"metrics": metrics}) for metrics in (3, {"kl": "x"})],
 )
 def test_a_damaged_file_is_named_with_its_line(line, models, base, tokens, tmp_path):

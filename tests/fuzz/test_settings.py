@@ -37,17 +37,37 @@ def read_before(tmp_path_factory):
     resolve_noise("hermes")
 
 
+def assignments(values):
+    """The files that a recipe names: these it may read."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if name == "assignment" and isinstance(value, str):
+                yield value
+            yield from assignments(value)
+    elif isinstance(values, list):
+        for value in values:
+            yield from assignments(value)
+
+
 @fuzzed(altered(FIELDS) | anything)
 def test_recipes_as_mappings(values):
-    with survived():
+    with survived(reads=assignments(values)):
         AnalogRecipe.parse(values)
 
 
-@fuzzed(garbled(SHORT.encode()) | altered(RECIPE).map(lambda v: yaml.safe_dump(v).encode("utf-8")))
-def test_recipes_as_files(tmp_path_factory, content):
+@fuzzed(garbled(SHORT.encode()))
+def test_recipes_as_garbled_files(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "recipe.yaml"
     path.write_bytes(content)
     with survived(path.parent):
+        read_recipe(path)
+
+
+@fuzzed(altered(RECIPE))
+def test_recipes_as_files(tmp_path_factory, values):
+    path = tmp_path_factory.getbasetemp() / "recipe.yaml"
+    path.write_bytes(yaml.safe_dump(values).encode("utf-8"))
+    with survived(path.parent, reads=assignments(values)):
         read_recipe(path)
 
 

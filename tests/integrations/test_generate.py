@@ -193,5 +193,5 @@ def test_a_request_of_somebody_elses_is_refused(model_directory, tmp_path):
     main_generate(str(model_directory), tmp_path / "out", shard=0, **SMALL)
     path = tmp_path / "out" / "request.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shards": "many"}))
-    with pytest.raises(AnalogError, match=r"request.json cannot be read: shards: "):
+    with pytest.raises(AnalogError, match=r"request.json cannot be read: shards is wrong "):
         main_generate(str(model_directory), tmp_path / "out", **SMALL)

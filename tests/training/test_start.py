@@ -301,6 +301,15 @@ def test_a_wrong_assignment_is_one_sentence(text, message, tmp_path):
         train_analog(tiny(), recipe(assignment=str(path)), dataset=ROWS)
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "a" * 50_000, "\0"])
+def test_an_assignment_that_is_no_file_is_one_short_sentence(path):
+    with pytest.raises(
+        AnalogError, match=r"The assignment .* (cannot be read|is no file)"
+    ) as caught:
+        recipe(assignment=path)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -247,6 +247,9 @@ def test_values_that_are_none_of_a_teacher_are_refused(change, stored):
         lambda d: (d / MANIFEST).unlink(),
         lambda d: (d / MANIFEST).write_text("{"),
         lambda d: (d / MANIFEST).write_text("[]"),
+        lambda d: (d / MANIFEST).write_text(
+            json.dumps({"9" * 50_000: 1} | json.loads((d / MANIFEST).read_text()))
+        ),
         lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text().replace("rows-0", "../-0")),
         lambda d: (d / MANIFEST).write_text(
             (d / MANIFEST).read_text().replace('"top_k": 4', '"top_k": 0')
@@ -269,8 +272,11 @@ def test_values_that_are_none_of_a_teacher_are_refused(change, stored):
 def test_damage_is_one_sentence(damage, stored):
     made = stored(top_k=4)
     damage(made.directory)
-    with pytest.raises(AnalogError, match=r"write (it anew|one) with optimum-cli analog teacher"):
+    with pytest.raises(
+        AnalogError, match=r"write (it anew|one) with optimum-cli analog teacher"
+    ) as caught:
         StoredTeacher(made.directory).row(0)
+    assert len(str(caught.value)) < 1000
 
 
 def test_more_tokens_than_there_are_leave_nothing_behind(stored, tmp_path):

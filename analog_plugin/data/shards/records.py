@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import Self
 
 from analog_plugin.data.sampling import Sampling
-from analog_plugin.errors import AnalogError
+from analog_plugin.errors import AnalogError, first_fault
 from analog_plugin.files import read_json
 
 REQUEST, INDEX = "request.json", "index.json"
@@ -38,9 +38,7 @@ class _Record(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "all"
-            raise AnalogError(f"{path} cannot be read: {place}: {first['msg']}.") from None
+            raise AnalogError(f"{path} cannot be read: {first_fault(error)}.") from None
 
     def json_text(self) -> str:
         """As :meth:`load` reads it."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from analog_plugin.errors import AnalogError, one_line, require
+from pydantic import ValidationError
+
+from analog_plugin.errors import AnalogError, first_fault, one_line, require
 from analog_plugin.plugins import modifiers
 from analog_plugin.recipe import AnalogRecipe
 
@@ -93,13 +94,11 @@ def _text(path: Path) -> str:
 
 def _first_sentence(path: Path, error: Exception) -> str:
     """What is wrong, out of a host's exception."""
-    details: Any = getattr(error, "errors", None)
-    if callable(details) and (found := details()):
-        inner = found[0].get("ctx", {}).get("error")
+    if isinstance(error, ValidationError):
+        inner = error.errors()[0].get("ctx", {}).get("error")
         if isinstance(inner, AnalogError):
             return f"The recipe {path}: {inner}"
-        field = ".".join(str(part) for part in found[0]["loc"])
-        return f"The recipe {path}: {field}: {found[0]['msg']}."
+        return f"The recipe {path}: {first_fault(error)}."
     for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, AnalogError):
             return f"The recipe {path}: {cause}"
