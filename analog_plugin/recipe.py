@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from analog_plugin.errors import AnalogError, one_line, shown
-from analog_plugin.files import read_text
+from analog_plugin.files import parse_yaml, read_yaml_text
 from analog_plugin.settings import Settings
 
 #: What numpy and torch both take.
@@ -230,16 +230,15 @@ def read_assignment(path: str) -> Mapping[str, Any]:
     Raises:
         AnalogError: It is missing, cannot be read, or holds something else.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(read_text(Path(path)))
+        text = read_yaml_text(Path(path))
     except AnalogError as error:
         raise AnalogError(f"The assignment {error}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise AnalogError(
             f"The assignment {shown(path)} cannot be read: {one_line(error)}."
         ) from None
+    values = parse_yaml(text, f"The assignment {shown(path)}")
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise AnalogError(
             f"The assignment {shown(path)} holds {shown(values)}, but must map module names or "

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analog_plugin.errors import one_line, shown
+from analog_plugin.errors import AnalogError, one_line, shown
+from analog_plugin.files import parse_yaml, read_yaml_text
 from analog_plugin.patterns import matches
 from analog_plugin.scheme_rules import SchemeError, validate
 
@@ -207,12 +208,14 @@ class AnalogScheme:
     @classmethod
     def from_yaml(cls, text: str | Path) -> AnalogScheme:
         """Read YAML text, or the YAML file at a ``Path``."""
-        import yaml
-
         try:
-            values = yaml.safe_load(text.read_text() if isinstance(text, Path) else text)
-        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-            raise SchemeError(f"The scheme is not valid YAML: {one_line(error)}.") from error
+            if isinstance(text, Path):
+                text = read_yaml_text(text)
+            values = parse_yaml(text, "The scheme")
+        except AnalogError as error:
+            raise SchemeError(str(error)) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SchemeError(f"The scheme cannot be read: {one_line(error)}.") from None
         return cls.from_dict(values)
 
 

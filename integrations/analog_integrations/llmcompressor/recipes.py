@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from analog_plugin.errors import AnalogError, first_fault, one_line, require
+from analog_plugin.files import parse_yaml, read_yaml_text
 from analog_plugin.plugins import modifiers
 from analog_plugin.recipe import AnalogRecipe
 
@@ -63,23 +64,17 @@ def read_recipe(path: str | Path) -> AnalogRecipe:
 
 
 def _text(path: Path) -> str:
-    import yaml
-
     try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        text = read_yaml_text(path)
     except FileNotFoundError:
         raise AnalogError(
             f"There is no recipe {path}; give a YAML file such as\n{SPELLING}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise AnalogError(f"The recipe {path} cannot be read ({type(error).__name__}).") from None
-    except RecursionError:
-        raise AnalogError(f"The recipe {path} is nested too deeply to be read.") from None
-    # ValueError: of a date that does not exist, or a number of thousands of digits.
-    except (yaml.YAMLError, ValueError) as error:
-        where = " ".join(str(error).split())
-        raise AnalogError(f"The recipe {path} is not valid YAML: {where}.") from None
+    except AnalogError as error:
+        raise AnalogError(f"The recipe {error}") from None
+    values = parse_yaml(text, f"The recipe {path}")
     if not isinstance(values, Mapping):
         raise AnalogError(f"The recipe {path} is empty or not a mapping; write:\n{SPELLING}")
     for stage in values.values():
