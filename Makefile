@@ -13,6 +13,8 @@ TEST_PROCESSES ?= 2
 # vLLM asks for another compressed-tensors, so it has an environment of its own.
 VLLM := build/vllm
 VLLM_READY := $(VLLM)/.ready
+# Triton comes with torch's builds for GPUs; beside one for CPUs its interpreter runs the kernels.
+TRITON := build/triton
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -21,7 +23,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow test-vllm fuzz lint format typecheck bench clean
+.PHONY: help setup demo test test-slow test-kernels test-vllm fuzz lint format typecheck bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -59,6 +61,10 @@ $(VLLM_READY): tests/serving/requirements.txt
 
 fuzz: setup ## 10,000 cases for each reader of files
 	ANALOG_FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --durations 0 tests/fuzz
+
+test-kernels: setup ## The kernels for GPUs, on a CPU by Triton's interpreter (Linux)
+	test -d $(TRITON) || $(BIN)/pip install -q --no-deps --target $(TRITON) triton==3.6.0
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) tests/kernels
 
 test-vllm: setup $(VLLM_READY) ## Exported checkpoints in vLLM, in build/vllm; Python 3.11 or newer
 	$(BIN)/python -m pytest -q -m vllm tests/serving

@@ -10,6 +10,9 @@ All analog layers have 8-bit inputs with a learned range, 8-bit outputs and 3 % 
 one tile a layer and with tiles of at most 512 rows; ours also with its noise drawn again in the
 backward instead of kept. The floor is `nn.Linear` and one normal number drawn for each weight.
 torchao's is int8 quantization-aware training, without tiles, noise or ADC.
+
+On a GPU figures are of wall time over several calls in a row; *alone* is the GPU's work without
+waiting for Python, as a CUDA graph, where a peer can be one.
 """
 
 from __future__ import annotations
@@ -44,6 +47,9 @@ def compare(
         chosen.remove(peers.AIHWKIT)  # computes in fp32 only
     if tile_rows is None:
         chosen.append(peers.TORCHAO)
+    gpu = device.type == "cuda"
+    if gpu:
+        chosen.append(peers.LIGHTNING_TRITON)
     away = peers.absent(chosen)
     layers = {}
     for name in chosen:
@@ -56,26 +62,45 @@ def compare(
     x = torch.randn(arguments.tokens, inputs, device=device, dtype=type_, requires_grad=True)
     grad = torch.randn(arguments.tokens, outputs, device=device, dtype=type_)
 
-    def step(layer: nn.Module) -> None:
-        layer.zero_grad(set_to_none=False)
-        layer(x).backward(grad.clone())  # one of them writes into the gradient that it is given
+    def step(name: str) -> None:
+        layers[name].zero_grad(set_to_none=gpu)
+        # Some write into the gradient that they are given; beside a GPU's products, a copy counts.
+        copied = not gpu or name in (peers.LIGHTNING, peers.LIGHTNING_TRITON)
+        layers[name](x).backward(grad.clone() if copied else grad)
+        if gpu:
+            x.grad = None
 
-    noise = torch.empty(outputs, inputs, device=device)
+    noise = torch.empty(outputs, inputs, device=device, dtype=type_ if gpu else None)
 
     def floor() -> None:
-        step(layers[peers.PLAIN])
+        step(peers.PLAIN)
         noise.normal_()
 
+    if peers.LIGHTNING_TRITON in layers:
+        try:
+            step(peers.LIGHTNING_TRITON)
+        except Exception as error:  # any of the compiler's
+            away[peers.LIGHTNING_TRITON] = f"fails: {str(error).strip().splitlines()[-1]}"
+            del layers[peers.LIGHTNING_TRITON]
     # Large layers vary less from round to round.
     repeats = max(3, arguments.repeats // 2) if inputs * outputs > 2**23 else arguments.repeats
-    actions = {name: lambda layer=layer: step(layer) for name, layer in layers.items()}
-    times = measure.interleave(actions | {FLOOR: floor}, repeats, device)
+    actions = {name: lambda name=name: step(name) for name in layers}
+    actions[FLOOR] = floor
+    times = measure.interleave(actions, repeats, device)
+    alone: dict[str, list[float]] = {}
+    if gpu:
+        graphs = {name: measure.graphed(action) for name, action in actions.items()}
+        found = {name: graph for name, graph in graphs.items() if graph is not None}
+        alone = measure.interleave(found, repeats, device)
     many = torch.randn(arguments.kept_tokens, inputs, device=device, dtype=type_)
     many.requires_grad_()
     key = {"shape": shape, "dtype": dtype, "tile_rows": tile_rows}
     rows: list[dict[str, Any]] = [key | {"peer": name, "why": why} for name, why in away.items()]
     to_linear = measure.ratio(times[FLOOR], times[peers.PLAIN])
     rows.append(key | {"peer": FLOOR, "seconds": times[FLOOR], "to_linear": to_linear})
+    for name, seconds in alone.items():
+        to_linear = measure.ratio(seconds, alone[peers.PLAIN])
+        rows.append(key | {"peer": _alone(name), "seconds": seconds, "to_linear": to_linear})
     for name, layer in layers.items():
         kept = [measure.kept_bytes(lambda layer=layer, x=x: layer(x), device) for x in (x, many)]
         rows.append(
@@ -90,6 +115,11 @@ def compare(
             }
         )
     return rows
+
+
+def _alone(peer: str) -> str:
+    """The name of what a GPU computes for a peer, without waiting for Python."""
+    return f"{peer}, alone"
 
 
 def cases(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -117,15 +147,19 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _time_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    others = (peers.LIGHTNING, peers.AIHWKIT, peers.TORCHAO)
-    measured = (FLOOR, peers.OURS, peers.REDRAWN, *others)
-    heads = ["floor", "ours", "ours, noise drawn again", *others, "ours / aihwkit-lightning"]
+    heads = {FLOOR: "floor", peers.OURS: "ours", peers.REDRAWN: "ours, noise drawn again"}
+    heads |= {name: name for name in (peers.LIGHTNING, peers.AIHWKIT, peers.TORCHAO)}
+    heads |= {peers.LIGHTNING_TRITON: peers.LIGHTNING_TRITON}
+    heads |= {_alone(name): _alone(heads[name]) for name in (FLOOR, peers.OURS, peers.LIGHTNING)}
+    there = {row["peer"] for row in rows}
+    measured = [name for name in heads if name in there]
     lines = []
     for (shape, dtype, tile_rows), by_peer in cases(rows).items():
         cells = [_cell(by_peer, name, "to_linear") for name in measured]
         cells.append(_cell(by_peer, peers.LIGHTNING, "ours_to_it"))
         lines.append([shape, dtype, _tiles(tile_rows), *cells])
-    return measure.markdown(["shape", "type", "tiles", *heads], lines)
+    titles = [*(heads[name] for name in measured), "ours / aihwkit-lightning"]
+    return measure.markdown(["shape", "type", "tiles", *titles], lines)
 
 
 def _kept_table(rows: Sequence[Mapping[str, Any]], which: str, tokens: int) -> str:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from analog_plugin.training.run import computes_bf16
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = (
     "analog-plugin", "torch", "transformers", "aihwkit-lightning", "aihwkit", "torchao",
     "liger-kernel",
@@ -30,6 +30,11 @@ PACKAGES = (
 
 #: Operators that torch's table of operations knows by another name.
 _IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
+
+
+#: On a GPU an action is run so often between two readings of the clock: as in a model, the next is
+#: called while the one before still computes.
+TOGETHER = 10
 
 
 def clock(device: torch.device) -> float:
@@ -46,21 +51,42 @@ def interleave(
     device: torch.device,
     warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each round.
+    """Seconds of each action in each round; on a GPU one of :data:`TOGETHER` runs.
 
     Every round runs all actions, each time beginning with another one: what slows the machine down
     for a while falls on all of them, and none always follows the same one.
     """
+    together = TOGETHER if device.type == "cuda" else 1
     names = list(actions)
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(warmup + repeats):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
             start = clock(device)
-            actions[name]()
+            for _ in range(together):
+                actions[name]()
             if round_ >= warmup:
-                times[name].append(clock(device) - start)
+                times[name].append((clock(device) - start) / together)
     return times
+
+
+def graphed(action: Callable[[], object]) -> Callable[[], object] | None:
+    """``action`` as a CUDA graph, which the GPU runs without Python; None: it cannot be one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            action()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            action()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
@@ -152,7 +178,10 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class Products(TorchDispatchMode):
-    """Counts the operations of matrix products, a multiplication and an addition as two."""
+    """Counts the operations of matrix products, a multiplication and an addition as two.
+
+    Not those within attention: torch's formula refuses heads that share keys.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +191,7 @@ class Products(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         formula = flop_registry.get(_IN_PLACE.get(packet, packet))
-        if formula is not None:
+        if formula is not None and "attention" not in str(packet):
             self.operations += formula(*args, **(kwargs or {}), out_val=made)
         return made
 

@@ -4,7 +4,8 @@
         [--picture docs/images/performance.png]
 
 Tables go between the comments `<!-- begin NAME -->` and `<!-- end NAME -->` of the page; what a
-benchmark has not measured stays as it is there.
+benchmark has not measured stays as it is there. Those of `gpu/` among the results go between
+`<!-- begin gpu-NAME -->` and its end.
 """
 
 from __future__ import annotations
@@ -129,6 +130,13 @@ def main() -> None:
     tables = {"machine": versions(records)}
     for name, record in records.items():
         tables |= BENCHMARKS[name].tables(record)
+    files = {name: arguments.results / "gpu" / f"{name}.json" for name in BENCHMARKS}
+    on_gpu = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    if on_gpu:
+        tables["gpu-machine"] = versions(on_gpu)
+    for name, record in on_gpu.items():
+        made = BENCHMARKS[name].tables(record)
+        tables |= {f"gpu-{table}": text for table, text in made.items()}
     arguments.page.write_text(fill(arguments.page.read_text("utf-8"), tables), "utf-8")
     if {"step", "linear"} <= set(records):
         draw(records, arguments.picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -19,10 +20,16 @@ RANGE = 4.0
 OURS, PLAIN, LIGHTNING = "analog-plugin", "nn.Linear", "aihwkit-lightning"
 #: Ours with the noise drawn again in the backward instead of kept.
 REDRAWN = "analog-plugin, noise drawn again"
+#: By its kernels for GPUs.
+LIGHTNING_TRITON = "aihwkit-lightning, Triton"
 AIHWKIT, TORCHAO, LIGER = "aihwkit", "torchao", "liger-kernel"
 #: What each peer imports, and how it is installed.
 _PEERS = {
     LIGHTNING: ("aihwkit_lightning.nn", "pip install aihwkit-lightning==2.1.0"),
+    LIGHTNING_TRITON: (
+        "aihwkit_lightning.nn.modules.triton_utils.triton_linear",
+        "pip install aihwkit-lightning==2.1.0",
+    ),
     AIHWKIT: ("aihwkit.nn", "pip install --no-deps aihwkit==1.1.0"),
     TORCHAO: ("torchao.quantization.qat", "pip install torchao"),
     LIGER: ("liger_kernel.transformers.fused_linear_jsd", "pip install liger-kernel"),
@@ -108,10 +115,16 @@ def layer(peer: str, linear: nn.Linear, tile_rows: int | None) -> nn.Module:
         made.set_input_range(RANGE)
         made.state = ForwardState()
         made.state.keep_noise = peer == OURS
-    elif peer == LIGHTNING:
+    elif peer in (LIGHTNING, LIGHTNING_TRITON):
         from aihwkit_lightning.nn import AnalogLinear as LightningLinear
 
         made = LightningLinear.from_digital(linear, lightning_config(tile_rows))
+        if peer == LIGHTNING_TRITON:
+            _mend_lightning()
+            made.register_forward_pre_hook(lambda *_: os.environ.update(AIHWKIT_USE_TRITON="1"))
+            made.register_forward_hook(
+                lambda *_: os.environ.pop("AIHWKIT_USE_TRITON"), always_call=True
+            )
     elif peer == AIHWKIT:
         from aihwkit.nn import AnalogLinear as AihwkitLinear
 
@@ -119,6 +132,15 @@ def layer(peer: str, linear: nn.Linear, tile_rows: int | None) -> nn.Module:
     else:
         made = _torchao_layer(linear)
     return made.to(linear.weight.device).train()
+
+
+def _mend_lightning() -> None:
+    """Let 2.1.0 draw noise by Triton: it gives a kernel that is tuned its block sizes once more."""
+    from aihwkit_lightning.nn.modules.triton_utils import triton_linear
+
+    kernel = triton_linear.modifier_kernel
+    if type(kernel).__name__ == "Autotuner":
+        triton_linear.modifier_kernel = kernel.fn
 
 
 def _torchao_layer(linear: nn.Linear) -> nn.Module:

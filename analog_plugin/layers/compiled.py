@@ -27,11 +27,15 @@ def numbered(layer: Any) -> Tensor:
     return torch.tensor(number, device="cpu")  # whatever the default is: it is read in Python
 
 
+# Of the operators: what they ask Python for changes from call to call, so no CUDA graph holds them.
+_ASKS_PYTHON = torch.Tag.cudagraph_unsafe
+
+
 # The same seed gives the same noise in a recomputation: torch's global generator must be restored.
 @torch.library.custom_op(
     "analog_plugin::training_weight",
     mutates_args=(),
-    tags=[torch.Tag.nondeterministic_seeded],
+    tags=[torch.Tag.nondeterministic_seeded, _ASKS_PYTHON],
 )
 def noisy_weight(weight: Tensor, column_max: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
     """W̃ [out, in] of the numbered layer now, draw for draw that of the uncompiled layer.
@@ -59,7 +63,9 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]
 noisy_weight.register_autograd(_straight_through, setup_context=_weight_dtype)
 
 
-@torch.library.custom_op("analog_plugin::initialize_ranges", mutates_args=("ranges", "batches"))
+@torch.library.custom_op(
+    "analog_plugin::initialize_ranges", mutates_args=("ranges", "batches"), tags=[_ASKS_PYTHON]
+)
 def initialize_ranges(
     x: Tensor, row_mask: Tensor | None, ranges: Tensor, batches: Tensor, number: Tensor
 ) -> None:

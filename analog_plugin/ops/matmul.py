@@ -24,7 +24,9 @@ from analog_plugin.ops.converters import (
     input_full_scale,
 )
 from analog_plugin.ops.disturbance import Disturbances, disturb
+from analog_plugin.ops.fused import fused_matmul, fuses
 from analog_plugin.ops.memory import large_empty
+from analog_plugin.ops.products import product
 from analog_plugin.ops.weights import tile_bounds, training_weight
 from analog_plugin.scheme import AnalogScheme
 
@@ -90,6 +92,8 @@ def analog_matmul(
         [..., out], in ``context.dtype``. Gradients: straight through both roundings; zero for
         inputs beyond the range and for outputs beyond the ADC; the noise gets none.
     """
+    if fuses(x, weight, context):
+        return fused_matmul(x, weight, input_range, column_max, context)
     return _AnalogMatmul.apply(x, weight, input_range, column_max, context)
 
 
@@ -149,9 +153,9 @@ class _AnalogMatmul(torch.autograd.Function):
         for k, (start, end) in enumerate(blocks):
             block = _without(grad, ctx.saturated[k] if masked else None)
             if grad_x is not None:
-                _product(block, noisy[:, start:end], grad_x[:, start:end])
+                product(block, noisy[:, start:end], grad_x[:, start:end])
             if grad_w is not None:
-                _product(block.t(), inputs[:, start:end], grad_w[:, start:end])
+                product(block.t(), inputs[:, start:end], grad_w[:, start:end])
         if grad_x is not None and ctx.clipped is not None:
             grad_range = _clip_gradients(grad_x, codes, kept_x, input_range, ctx, need_range)
         if not need_x:
@@ -196,15 +200,6 @@ def _without(grad: Tensor, saturated: Tensor | None) -> Tensor:
     if saturated.dtype == torch.int8:
         return grad.masked_fill(saturated.bool(), 0)
     return grad.contiguous().clone().view(-1).index_fill_(0, saturated.long(), 0).view(grad.shape)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out[...] = a @ b``; ``out`` may be a strided block or of another type."""
-    b = b.to(a.dtype)
-    if out.dtype == a.dtype:
-        torch.matmul(a, b, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 def _clip_gradients(

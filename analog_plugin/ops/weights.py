@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from analog_plugin.ops.device import has_kernels
 from analog_plugin.ops.memory import large_empty
 from analog_plugin.scheme import AnalogScheme
 
@@ -24,6 +25,10 @@ def tile_bounds(tiles: list[int]) -> list[tuple[int, int]]:
 
 def column_maximum(weight: Tensor, tiles: list[int]) -> Tensor:
     """Largest magnitude per tile and column: ``weight`` [out, in] to [K, out]."""
+    if weight.device.type == "cuda":  # one pass
+        blocks = weight.split(tiles, dim=1)
+        found = [torch.linalg.vector_norm(block, torch.inf, 1)[None] for block in blocks]
+        return found[0] if len(found) == 1 else torch.cat(found)
     blocks = weight.split(tiles, dim=1)
     if weight.device.type != "cpu" or weight.dtype.itemsize > 2:
         return torch.stack([largest_magnitude(block, 1) for block in blocks])
@@ -86,6 +91,8 @@ def training_weight(
         weight = fake_quantize_columns(weight, column_max, tiles, scheme.weight_bits)
     if scheme.weight_noise == 0:
         return weight.to(dtype)
+    if torch.float64 not in (dtype, weight.dtype) and has_kernels(weight.device, tiles):
+        return _noisy_by_kernel(weight, column_max, tiles, scheme.weight_noise, generator, dtype)
     if weight.device.type == "cpu":
         return _noisy_in_portions(weight, column_max, tiles, scheme.weight_noise, generator, dtype)
     noise = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -98,6 +105,32 @@ def training_weight(
         else:  # add in the weight's precision, round once
             block.copy_(torch.addcmul(weight[:, start:end], block.to(weight.dtype), sigma))
     return noise
+
+
+def _noisy_by_kernel(
+    weight: Tensor,
+    column_max: Tensor,
+    tiles: list[int],
+    gamma: float,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Draw and add in fp32, from a seed that ``generator`` draws on the device; round once."""
+    from analog_plugin.ops import kernels
+
+    by_row = weight.t().is_contiguous() and not weight.is_contiguous()
+    stored = weight.t() if by_row else weight.contiguous()
+    noisy = torch.empty(stored.shape, dtype=dtype, device=weight.device)
+    seed = torch.randint(2**63 - 1, (1,), generator=generator, device=weight.device)
+    lines, length = stored.shape
+    quarter = -(-length // 64) * 16
+    block = min(1024, 1 << (quarter - 1).bit_length())
+    kernels.launch(
+        kernels.draw, (lines, -(-quarter // block), 1),
+        stored, column_max.contiguous(), seed, noisy, gamma, length, weight.shape[0],
+        *divmod(weight.shape[1], len(tiles)), TILES=len(tiles), BY_ROW=by_row, BLOCK=block,
+    )  # fmt: skip
+    return noisy.t() if by_row else noisy
 
 
 def _noisy_in_portions(

@@ -290,7 +290,7 @@ def test_an_assignment_file_says_what_stays_digital(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), ("[1]", "must map"), ("a: [", "cannot be read"),
+    [(None, "cannot be read"), ("[1]", "must map"), ("a: [", "is not valid YAML"),
      ("nothing: digital", "matches no linear layer"), ("down_proj: {out_bound: 3}", "whole model")],
 )  # fmt: skip
 def test_a_wrong_assignment_is_one_sentence(text, message, tmp_path):
