@@ -46,6 +46,12 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
     return text
 
 
+def measured(results: Path) -> dict[str, Any]:
+    """The records of the benchmarks that a directory holds."""
+    files = {name: results / f"{name}.json" for name in BENCHMARKS}
+    return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+
+
 def versions(records: Mapping[str, Mapping[str, Any]]) -> str:
     """On what was measured, in a sentence for each different answer."""
     said: dict[str, list[str]] = {}
@@ -125,13 +131,11 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/performance.png"))
     arguments = parser.parse_args()
-    files = {name: arguments.results / f"{name}.json" for name in BENCHMARKS}
-    records = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    records = measured(arguments.results)
     tables = {"machine": versions(records)}
     for name, record in records.items():
         tables |= BENCHMARKS[name].tables(record)
-    files = {name: arguments.results / "gpu" / f"{name}.json" for name in BENCHMARKS}
-    on_gpu = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    on_gpu = measured(arguments.results / "gpu")
     if on_gpu:
         tables["gpu-machine"] = versions(on_gpu)
     for name, record in on_gpu.items():
