@@ -191,12 +191,15 @@ class _Gradients:
                 self._sum(i).add_(grad)
 
     def _add_plain(self, hidden: Tensor, slope: Tensor) -> None:
-        """Without a tensor of the weight's size for each chunk."""
+        """Without a tensor of the weight's size for each chunk; under autocast of its type."""
         for i, parameter in enumerate(self.parameters):
-            if parameter.dim() == 2:
-                self._sum(i).addmm_(slope.T, hidden)
+            kept, inputs = self._sum(i), hidden.to(slope.dtype)
+            if parameter.dim() != 2:
+                kept.add_(slope.sum(0))
+            elif kept.dtype == slope.dtype:
+                kept.addmm_(slope.T, inputs)
             else:
-                self._sum(i).add_(slope.sum(0))
+                kept.add_(slope.T @ inputs)
 
     def _sum(self, i: int) -> Tensor:
         """The sum for parameter ``i``, as yet 0 or not; None stays what never had a gradient."""
@@ -211,13 +214,16 @@ class _Gradients:
 
 
 def _is_plain(head: Any, student: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether ``head`` is a matrix product of one type and nothing else."""
+    """Whether ``head`` is a matrix product and nothing else, of one type or under autocast."""
     hooked = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(head) is nn.Linear
         and "forward" not in vars(head)
         and not any(getattr(head, name) for name in hooked)
-        and not torch.is_autocast_enabled(student.device.type)
         and all(p is head.weight or p is head.bias for p in parameters)
-        and all(type(p) is nn.Parameter and p.dtype == student.dtype for p in parameters)
+        and all(type(p) is nn.Parameter for p in parameters)
+        and (
+            torch.is_autocast_enabled(student.device.type)
+            or all(p.dtype == student.dtype for p in parameters)
+        )
     )

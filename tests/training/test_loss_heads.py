@@ -150,6 +150,26 @@ def test_under_autocast_gradients_have_the_type_of_what_they_belong_to():
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16])
+def test_under_autocast_a_heads_gradient_is_that_of_autograd(held):
+    torch.manual_seed(2)
+    student, teacher = torch.randn(2, 1, 9, HIDDEN)
+    head = nn.Linear(HIDDEN, VOCABULARY).to(held)
+    by_autograd = nn.Sequential(head)  # one more module around it, so that nothing is known of it
+    found = []
+    for apply in (head, by_autograd):
+        hidden = student.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = distillation_loss(hidden, teacher, apply, head, chunk=4)
+        found.append(gradients(loss, hidden, head.weight, head.bias))
+        assert [g.dtype for g in found[-1]] == [torch.float32, held, held]
+    # A sum over chunks in the type of the product is rounded once a chunk, by autograd twice.
+    rounded = torch.finfo(held).eps if held == torch.bfloat16 else 1e-6
+    for one, other in zip(*found, strict=True):
+        atol = rounded * float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("who", [0, 1], ids=["student", "teacher"])
 def test_one_logit_that_is_no_number_makes_the_loss_none(who, value):
@@ -214,3 +234,15 @@ def test_it_needs_less_than_an_eighth_of_the_memory_of_whole_logits(dtype, train
 
     lean = peak(lambda student: distillation_loss(student, teacher, head, goal))
     assert lean < 0.12 * peak(whole)
+
+
+def test_under_autocast_no_chunk_has_a_gradient_of_the_heads_type():
+    length, hidden, vocabulary, chunk = 64, 512, 2048, 16
+    head = nn.Linear(hidden, vocabulary, bias=False)
+    teacher = torch.randn(1, length, hidden)
+    student = torch.randn(1, length, hidden, requires_grad=True)
+    with LiveBytes() as counted, torch.autocast("cpu", dtype=torch.bfloat16):
+        distillation_loss(student, teacher, head, head, chunk=chunk).backward()
+    # The gradient itself, autocast's copy of the weight, and what one chunk adds.
+    weight, logits = head.weight.nbytes, 4 * chunk * vocabulary
+    assert counted.peak < weight + weight // 2 + weight // 2 + 8 * logits
