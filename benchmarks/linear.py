@@ -141,7 +141,8 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
     if many != tokens:
         kept.append(_kept_table(rows, "kept_bytes_of_many", many))
     return {
-        "linear": f"{tokens} tokens, {settings['machine']}:\n\n{_time_table(rows)}{notes}",
+        "linear": f"{tokens} tokens, {settings['machine']}:\n\n{_time_table(rows)}{notes}"
+        f"{measure.earlier(record)}",
         "kept": "\n\n".join(kept),
     }
 

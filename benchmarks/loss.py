@@ -127,7 +127,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
         f"{given['tokens']} tokens, vocabulary {given['vocabulary']}, width {given['hidden']}, "
         f"{settings['machine']}:"
     )
-    return {"loss": f"{caption}\n\n{measure.markdown(heads, lines)}"}
+    return {"loss": f"{caption}\n\n{measure.markdown(heads, lines)}{measure.earlier(record)}"}
 
 
 def main() -> None:

@@ -254,14 +254,49 @@ def machine(device: torch.device) -> str:
 def record(
     arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> dict[str, Any]:
-    """All that was measured, and where and with what, as plain values."""
+    """All that was measured, and where and with what, as plain values.
+
+    What ``--output`` already holds of other types stays, with the settings of its own run under
+    ``"earlier"``: a processor that only emulates bfloat16 does not lose what another one measured.
+    """
     given = {k: v for k, v in vars(arguments).items() if k not in ("device", "output")}
     settings = {
         "machine": machine(arguments.device),
         "arguments": given | {"device": str(arguments.device)},
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    return {"settings": settings, "rows": list(rows), **more}
+    made = {"settings": settings, "rows": list(rows), **more}
+    return made | _of_earlier_runs(made, arguments.output)
+
+
+def _of_earlier_runs(made: Mapping[str, Any], output: Path | None) -> dict[str, Any]:
+    """Lists of ``made`` with what an earlier run of the same arguments has of other types."""
+    try:
+        old = json.loads(output.read_text()) if output is not None else {}
+    except (OSError, ValueError):  # none, or what an interrupted run left
+        return {}
+    now = made["settings"]["arguments"]
+    before = old.get("settings", {}).get("arguments", {})
+    same = all(before[name] == now[name] for name in before.keys() & now.keys() - {"dtypes"})
+    types = {row["dtype"] for row in made["rows"] if "dtype" in row}
+    others = {row.get("dtype") for row in old.get("rows", ())} - types - {None}
+    if not (types and others and same):
+        return {}
+    lists = {
+        name: value + [row for row in old.get(name, ()) if row["dtype"] in others]
+        for name, value in made.items()
+        if isinstance(value, list)
+    }
+    of_type = {dtype: old.get("earlier", {}).get(dtype, old["settings"]) for dtype in others}
+    return lists | {"earlier": of_type}
+
+
+def earlier(record: Mapping[str, Any]) -> str:
+    """What a table says below it of the types that this run did not measure."""
+    return "".join(
+        f"\n\n{dtype}: of an earlier run, on {settings['machine']}."
+        for dtype, settings in record.get("earlier", {}).items()
+    )
 
 
 def finish(arguments: argparse.Namespace, made: Mapping[str, Any], tables: Iterable[str]) -> None:

@@ -56,9 +56,11 @@ def versions(records: Mapping[str, Mapping[str, Any]]) -> str:
     """On what was measured, in a sentence for each different answer."""
     said: dict[str, list[str]] = {}
     for name, record in records.items():
-        settings = record["settings"]
-        packages = (f"{package} {number}" for package, number in settings["versions"].items())
-        said.setdefault(f"{settings['machine']}; {', '.join(packages)}", []).append(f"`{name}.py`")
+        runs = {f"`{name}.py`": record["settings"]}
+        runs |= {f"`{name}.py` ({type_})": of for type_, of in record.get("earlier", {}).items()}
+        for run, settings in runs.items():
+            packages = (f"{package} {number}" for package, number in settings["versions"].items())
+            said.setdefault(f"{settings['machine']}; {', '.join(packages)}", []).append(run)
     return "\n".join(f"Measured by {', '.join(names)} on {where}." for where, names in said.items())
 
 
@@ -89,10 +91,10 @@ def draw(records: Mapping[str, Mapping[str, Any]], target: Path) -> None:
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
-    where = records["step"]["settings"]["machine"]
-    figure.suptitle(
-        f"Time beside digital training, one tile a layer: {where}", fontsize=8, x=0.01, ha="left"
-    )
+    machines = [records["step"]["settings"]["machine"]]
+    machines += [f"{d}: {of['machine']}" for d, of in records["step"].get("earlier", {}).items()]
+    title = f"Time beside digital training, one tile a layer: {'; '.join(machines)}"
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160)
 

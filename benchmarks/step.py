@@ -12,7 +12,8 @@ thread; all parameters are trained, gradients are clipped to a norm of 1, the op
   the other peers between its steps;
 - aihwkit-lightning: its analog model, KL from whole logits, its `AnalogOptimizer`, which clips.
 
-With bfloat16 the students compute under autocast; teachers stay in float32, as in `AnalogTrainer`.
+With bfloat16 the students compute under autocast; teachers stay in float32, as in `AnalogTrainer`,
+unless `--teacher-dtype` says otherwise.
 Figures are medians of paired ratios of CPU time with their interquartile range, the peak of tensor
 bytes that a step makes (gradients included; not weights and optimizer states, which are there
 before), the operations of all matrix products, and the share of each part in our step. The default
@@ -68,9 +69,9 @@ class PlainStep:
 
 
 def others(
-    model: nn.Module, tokens: Tensor, tile_rows: int | None, dtype: str
+    model: nn.Module, teacher: nn.Module, tokens: Tensor, tile_rows: int | None, dtype: str
 ) -> dict[str, PlainStep]:
-    """The peers of ours, each with a copy of ``model``; ``model`` itself is the teacher."""
+    """The peers of ours, each with a copy of ``model``."""
     device = tokens.device.type
 
     def autocast(enabled: bool = dtype == "bfloat16") -> Any:
@@ -81,7 +82,7 @@ def others(
 
     def whole_logits(student: nn.Module) -> Tensor:
         with torch.no_grad(), autocast(enabled=False):
-            goal = log_probabilities(model(input_ids=tokens, use_cache=False).logits)
+            goal = log_probabilities(teacher(input_ids=tokens, use_cache=False).logits)
         made = log_probabilities(student(input_ids=tokens, use_cache=False).logits)
         return kl(made.flatten(0, 1), goal.flatten(0, 1))
 
@@ -175,11 +176,12 @@ class Rounds(TrainerCallback):
 def compare(dtype: str, arguments: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
     """Rows of the peers and of the parts of our step, and the number of analog weights."""
     device = arguments.device
-    teacher = random_model(arguments.model, arguments.layers, device).requires_grad_(False)
+    model = random_model(arguments.model, arguments.layers, device).requires_grad_(False)
+    teacher = copy.deepcopy(model).to(measure.DTYPES[arguments.teacher_dtype])
     shape = arguments.rows, arguments.length
-    tokens = torch.randint(teacher.config.vocab_size, shape, device=device)
-    steps = others(teacher, tokens, arguments.tile_rows, dtype)
-    student = _trainable_copy(teacher)
+    tokens = torch.randint(model.config.vocab_size, shape, device=device)
+    steps = others(model, teacher, tokens, arguments.tile_rows, dtype)
+    student = _trainable_copy(model)
     convert_to_analog(student, peers.scheme(arguments.tile_rows))
     for _, layer in analog_layers(student):
         layer.set_input_range(peers.RANGE)
@@ -250,10 +252,11 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
     tiles = f"{given['tile_rows']} rows" if given["tile_rows"] else "one a layer"
     caption = (
         f"{given['model']}, {given['layers'] or 'all'} decoder layers, {given['rows']} x "
-        f"{given['length']} tokens, tiles: {tiles}, {settings['machine']}:"
+        f"{given['length']} tokens, tiles: {tiles}, teachers in "
+        f"{given.get('teacher_dtype', 'float32')}, {settings['machine']}:"
     )
     step = f"{caption}\n\n{measure.markdown(heads, lines)}\n\n{_noise_sentence(record)}"
-    return {"step": step, "parts": _parts_table(record["profile"])}
+    return {"step": step + measure.earlier(record), "parts": _parts_table(record["profile"])}
 
 
 def _noise_sentence(record: Mapping[str, Any]) -> str:
@@ -281,6 +284,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="sequences a step (4; on a GPU 1)")
     parser.add_argument("--length", type=int, help="tokens of each (128; on a GPU 4096)")
     parser.add_argument("--tile-rows", type=int, help="rows of a tile (default: one tile a layer)")
+    parser.add_argument(
+        "--teacher-dtype", choices=measure.DTYPES, default="float32", help="(float32)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     arguments = parser.parse_args()
     dtypes = measure.begin(arguments)

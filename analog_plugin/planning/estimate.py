@@ -31,15 +31,16 @@ class Assumptions:
     Args:
         efficiency: Share of a GPU's operations that training reaches. 38 to 43 % were reported for
             Llama 3 405B on H100 (arXiv 2407.21783, table 4).
-        analog: Time of a step of hardware-aware distillation, in that of plain distillation. 1.2 is
-            what ``benchmarks/step.py`` measures on a CPU in bfloat16.
+        analog: Time of a step of hardware-aware distillation, in that of plain distillation. 1.26
+            is what ``benchmarks/step.py`` measured on an H200: Llama-3.2-1B's shapes, 4096 tokens,
+            teachers in float32.
         network: Share of links' and networks' bandwidth that collectives reach.
         memory_bandwidth: Share of the memory's bandwidth that sampling reaches.
         usable: Share of the memory that tensors may fill: the rest is fragments and libraries.
     """
 
     efficiency: float = 0.35
-    analog: float = 1.2
+    analog: float = 1.26
     network: float = 0.7
     memory_bandwidth: float = 0.6
     usable: float = 0.9
@@ -200,8 +201,9 @@ def training_memory(model: ModelShape, gpus: int, job: Job) -> dict[str, float]:
     """Bytes of each GPU at the worst moment of a step, by what they hold.
 
     That is either the loss, when all activations are there and of the gradients only the head's, or
-    the end of the backward, when it is the other way round. Of several micro-batches all but the
-    first find all gradients there.
+    the end of the backward, when it is the other way round: an embedding that is the head too gets
+    a gradient of its own before it is added. Of several micro-batches all but the first find all
+    gradients there. The loss also holds the head in half precision.
     """
     shares = gpus if job.sharding == "fsdp" else 1
     tokens, parameters = job.rows * job.length, model.parameters
@@ -216,15 +218,17 @@ def training_memory(model: ModelShape, gpus: int, job: Job) -> dict[str, float]:
         "optimizer": 2 * _SINGLE * parameters / shares,
         "teacher": float(_HALF * parameters) if job.teacher else 0.0,
     }
-    gradients = _SINGLE * parameters / shares
+    gradients, of_head = _SINGLE * parameters / shares, float(_SINGLE * model.head)
     at_loss = whole | {
-        "gradients": gradients if job.accumulation > 1 else float(_SINGLE * model.head),
+        "gradients": of_head + (gradients if job.accumulation > 1 else 0.0),
         "noisy and gathered weights": of_block[0] * noisy + gathered,
         "activations": of_block[1] * live + borders,
-        "loss": float(_COPIES * _SINGLE * min(job.chunk, tokens) * model.vocabulary),
+        "loss": float(
+            _COPIES * _SINGLE * min(job.chunk, tokens) * model.vocabulary + _HALF * model.head
+        ),
     }
     at_end = whole | {
-        "gradients": gradients,
+        "gradients": gradients + (of_head if model.tied else 0.0),
         "noisy and gathered weights": of_block[0] + gathered,
         "activations": of_block[1],
         "loss": 0.0,

@@ -122,16 +122,18 @@ class ModelShape:
 
     @property
     def kept_bytes(self) -> int:
-        """What one block keeps of a token for its backward, in half precision.
+        """What one block keeps of a token for its backward, in half precision on a GPU.
 
-        Analog layers keep a byte for each input; norms, attention and the gated product keep their
-        operands, and norms compute in float32.
+        Analog layers keep their inputs, which query, key and value share, and gate and up, and a
+        bit for each output; norms, attention and the gated product keep their operands, and norms
+        compute in float32.
         """
-        codes = 3 * self.hidden + self.attention + 2 * self.hidden + self.intermediate
+        inputs = 2 * (2 * self.hidden + self.attention + self.intermediate)
+        outputs = self.attention + 2 * self.keys + 2 * self.hidden + 2 * self.intermediate
         norms = 2 * (4 + 2) * self.hidden
         attention = 2 * (2 * self.attention + 2 * self.keys)
         gated = 2 * 4 * self.intermediate
-        return codes + norms + attention + gated
+        return inputs + outputs // 8 + norms + attention + gated
 
 
 #: Llama-3.2-1B, Phi-3-mini, Llama-3.1-8B and Llama-3.1-70B.

@@ -81,6 +81,34 @@ def test_every_benchmark_runs_and_the_page_is_written(benchmark, tmp_path, capsy
     assert page.read_text("utf-8") == before
 
 
+def test_types_that_a_run_does_not_measure_stay_with_the_machine_of_their_own(
+    benchmark, tmp_path, capsys
+):
+    output = tmp_path / "step.json"
+    arguments = ["--model", "tiny", "--rows", "1", "--length", "8", "--repeats", "1"]
+
+    def run(dtypes, *more):
+        benchmark("step", *arguments, *more, "--dtypes", dtypes, "--output", output)
+        return json.loads(output.read_text()), capsys.readouterr().out
+
+    record, _ = run("bfloat16")
+    record["settings"]["machine"] = "a processor from before"
+    output.write_text(json.dumps(record))
+    for _ in range(2):  # also when the file holds rows of two runs
+        both, printed = run("float32")
+        assert {row["dtype"] for row in both["rows"]} == {"float32", "bfloat16"}
+        assert [r for r in both["rows"] if r["dtype"] == "bfloat16"] == record["rows"]
+        assert both["earlier"] == {"bfloat16": record["settings"]}
+        assert "bfloat16: of an earlier run, on a processor from before." in printed
+        assert len(both["profile"]) == 2 * len(record["profile"])
+    again, printed = run("bfloat16,float32")
+    assert "earlier" not in again and "earlier" not in printed
+    other, _ = run("float32", "--length", "6")  # another question
+    assert {row["dtype"] for row in other["rows"]} == {"float32"}
+    output.write_text("{")
+    assert len(run("float32")[0]["rows"]) == 4
+
+
 def test_memory_use_is_what_the_allocator_reports(benchmark):
     import measure
     from torch import nn
