@@ -287,7 +287,7 @@ def _of_earlier_runs(made: Mapping[str, Any], output: Path | None) -> dict[str, 
         for name, value in made.items()
         if isinstance(value, list)
     }
-    of_type = {dtype: old.get("earlier", {}).get(dtype, old["settings"]) for dtype in others}
+    of_type = {t: old.get("earlier", {}).get(t, old["settings"]) for t in sorted(others)}
     return lists | {"earlier": of_type}
 
 
