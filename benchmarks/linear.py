@@ -9,7 +9,9 @@ parameters, input and output.
 All analog layers have 8-bit inputs with a learned range, 8-bit outputs and 3 % weight noise, with
 one tile a layer and with tiles of at most 512 rows; ours also with its noise drawn again in the
 backward instead of kept. The floor is `nn.Linear` and one normal number drawn for each weight.
-torchao's is int8 quantization-aware training, without tiles, noise or ADC.
+On a CPU the floor of torch's operators is that and, once each, the passes over weights, inputs and
+outputs that no layer made of them goes without. torchao's is int8 quantization-aware training,
+without tiles, noise or ADC.
 
 On a GPU figures are of wall time over several calls in a row; *alone* is the GPU's work without
 waiting for Python, as a CUDA graph, where a peer can be one.
@@ -24,7 +26,7 @@ from typing import Any
 import measure
 import peers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: (input) x (output) features: SmolLM2-135M and Llama-3.2-1B.
 CPU_SHAPES = "576x576,576x1536,2048x2048,2048x8192"
@@ -34,6 +36,29 @@ ANALOG = (peers.OURS, peers.REDRAWN, peers.LIGHTNING, peers.AIHWKIT)
 #: A digital layer, and one normal number drawn for each of its weights: no layer with exact fresh
 #: noise from torch's generator takes less.
 FLOOR = "nn.Linear and the draw"
+#: That, and what :func:`passes` does: no layer of torch's operators takes less.
+PASSES = "nn.Linear, the draw and the passes"
+
+
+def passes(x: Tensor, weight: Tensor, noise: Tensor, out: Tensor) -> None:
+    """Column maxima, noisy weights, DAC, ADC, and inputs for the backward, with an operator each.
+
+    Not the search for what was clipped, nor anything of a tile's or a column's size. ``noise``
+    [out, in] is overwritten, and ``out`` [T, out] where it is of float32.
+    """
+    scale, levels = torch.tensor([[0.03]]), 127
+    gain = torch.full(out.shape[1:], 0.5)
+    torch.maximum(weight.amax(1), -weight.amin(1))
+    if weight.dtype == noise.dtype:
+        torch.addcmul(weight, noise, gain[:, None], out=noise)
+    else:
+        noise.mul_(gain[:, None]).add_(weight).to(weight.dtype)
+    code = x.float().div(scale).round_().clamp_(-levels, levels)
+    codes, _ = code.to(torch.int8), code.to(x.dtype)
+    made = out.float().mul_(gain).round_()
+    torch.maximum(made.amax(), -made.amin())
+    made.mul_(gain).to(out.dtype)
+    torch.mul(codes, scale, out=torch.empty_like(x))
 
 
 def compare(
@@ -62,19 +87,26 @@ def compare(
     x = torch.randn(arguments.tokens, inputs, device=device, dtype=type_, requires_grad=True)
     grad = torch.randn(arguments.tokens, outputs, device=device, dtype=type_)
 
-    def step(name: str) -> None:
+    def step(name: str) -> Tensor:
         layers[name].zero_grad(set_to_none=gpu)
         # Some write into the gradient that they are given; beside a GPU's products, a copy counts.
         copied = not gpu or name in (peers.LIGHTNING, peers.LIGHTNING_TRITON)
-        layers[name](x).backward(grad.clone() if copied else grad)
+        made = layers[name](x)
+        made.backward(grad.clone() if copied else grad)
         if gpu:
             x.grad = None
+        return made.detach()
 
     noise = torch.empty(outputs, inputs, device=device, dtype=type_ if gpu else None)
 
-    def floor() -> None:
-        step(peers.PLAIN)
+    def floor() -> Tensor:
+        made = step(peers.PLAIN)
         noise.normal_()
+        return made
+
+    def floor_with_passes() -> None:
+        made = floor()
+        passes(x.detach(), layers[peers.PLAIN].weight.detach(), noise, made)
 
     if peers.LIGHTNING_TRITON in layers:
         try:
@@ -85,7 +117,8 @@ def compare(
     # Large layers vary less from round to round.
     repeats = max(3, arguments.repeats // 2) if inputs * outputs > 2**23 else arguments.repeats
     actions = {name: lambda name=name: step(name) for name in layers}
-    actions[FLOOR] = floor
+    floors = {FLOOR: floor} if gpu else {FLOOR: floor, PASSES: floor_with_passes}
+    actions |= floors
     times = measure.interleave(actions, repeats, device)
     alone: dict[str, list[float]] = {}
     if gpu:
@@ -96,8 +129,9 @@ def compare(
     many.requires_grad_()
     key = {"shape": shape, "dtype": dtype, "tile_rows": tile_rows}
     rows: list[dict[str, Any]] = [key | {"peer": name, "why": why} for name, why in away.items()]
-    to_linear = measure.ratio(times[FLOOR], times[peers.PLAIN])
-    rows.append(key | {"peer": FLOOR, "seconds": times[FLOOR], "to_linear": to_linear})
+    for name in floors:
+        to_linear = measure.ratio(times[name], times[peers.PLAIN])
+        rows.append(key | {"peer": name, "seconds": times[name], "to_linear": to_linear})
     for name, seconds in alone.items():
         to_linear = measure.ratio(seconds, alone[peers.PLAIN])
         rows.append(key | {"peer": _alone(name), "seconds": seconds, "to_linear": to_linear})
@@ -148,7 +182,8 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _time_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = {FLOOR: "floor", peers.OURS: "ours", peers.REDRAWN: "ours, noise drawn again"}
+    heads = {FLOOR: "floor", PASSES: "floor of torch's operators"}
+    heads |= {peers.OURS: "ours", peers.REDRAWN: "ours, noise drawn again"}
     heads |= {name: name for name in (peers.LIGHTNING, peers.AIHWKIT, peers.TORCHAO)}
     heads |= {peers.LIGHTNING_TRITON: peers.LIGHTNING_TRITON}
     heads |= {_alone(name): _alone(heads[name]) for name in (FLOOR, peers.OURS, peers.LIGHTNING)}

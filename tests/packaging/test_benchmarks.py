@@ -21,6 +21,7 @@ PEERS = {
     "linear": {
         "nn.Linear",
         "nn.Linear and the draw",
+        "nn.Linear, the draw and the passes",
         "analog-plugin",
         "analog-plugin, noise drawn again",
         "aihwkit-lightning",
