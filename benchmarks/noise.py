@@ -124,7 +124,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
         f"{given['model']}, {given['layers'] or 'all'} decoder layers, tiles of "
         f"{given['tile_rows']} rows, {settings['machine']}:"
     )
-    return {"noise": f"{caption}\n\n{table}"}
+    return {"noise": f"{caption}\n\n{table}{measure.earlier(record)}"}
 
 
 def main() -> None:

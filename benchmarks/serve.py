@@ -139,7 +139,7 @@ def table(made: Mapping[str, Any]) -> str:
         f"{given['rows']} rows of {given['prompt']} tokens and {given['tokens']} generated ones, "
         f"{'compiled' if given['compile'] else 'eager'}, {made['settings']['machine']}:"
     )
-    return f"{caption}\n\n{measure.markdown(headings, lines)}"
+    return f"{caption}\n\n{measure.markdown(headings, lines)}{measure.earlier(made)}"
 
 
 def main() -> None:
