@@ -8,10 +8,10 @@ parameters, input and output.
 
 All analog layers have 8-bit inputs with a learned range, 8-bit outputs and 3 % weight noise, with
 one tile a layer and with tiles of at most 512 rows; ours also with its noise drawn again in the
-backward instead of kept. The floor is `nn.Linear` and one normal number drawn for each weight.
-On a CPU the floor of torch's operators is that and, once each, the passes over weights, inputs and
-outputs that no layer made of them goes without. torchao's is int8 quantization-aware training,
-without tiles, noise or ADC.
+backward instead of kept. The floor is `nn.Linear` and one normal number drawn for each weight; on a
+CPU in portions that its cache holds. There the floor of torch's operators is that and, once each,
+the passes over weights, inputs and outputs that no layer made of them goes without. torchao's is
+int8 quantization-aware training, without tiles, noise or ADC.
 
 On a GPU figures are of wall time over several calls in a row; *alone* is the GPU's work without
 waiting for Python, as a CUDA graph, where a peer can be one.
@@ -36,23 +36,47 @@ ANALOG = (peers.OURS, peers.REDRAWN, peers.LIGHTNING, peers.AIHWKIT)
 #: A digital layer, and one normal number drawn for each of its weights: no layer with exact fresh
 #: noise from torch's generator takes less.
 FLOOR = "nn.Linear and the draw"
-#: That, and what :func:`passes` does: no layer of torch's operators takes less.
+#: That, and what :func:`passes` does.
 PASSES = "nn.Linear, the draw and the passes"
+#: Numbers drawn at a time on a CPU.
+PORTION = 2**18
 
 
-def passes(x: Tensor, weight: Tensor, noise: Tensor, out: Tensor) -> None:
+class Draw:
+    """One normal number for each weight [out, in], in portions that the cache holds."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        rows = max(PORTION // weight.shape[1], 1)
+        self.portions = [slice(i, i + rows) for i in range(0, len(weight), rows)]
+        self.drawn = torch.empty(rows, weight.shape[1])
+        self.noisy = torch.empty_like(weight)
+
+    def __call__(self) -> None:
+        for portion in self.portions:
+            self.drawn[: len(self.weight[portion])].normal_()
+
+    def added(self, gain: Tensor) -> None:
+        """Also times ``gain`` [out] and added to the weights."""
+        for portion in self.portions:
+            weight = self.weight[portion]
+            noise, scale = self.drawn[: len(weight)].normal_(), gain[portion, None]
+            if weight.dtype == noise.dtype:
+                torch.addcmul(weight, noise, scale, out=self.noisy[portion])
+            else:
+                self.noisy[portion] = noise.mul_(scale).add_(weight)
+
+
+def passes(x: Tensor, weight: Tensor, out: Tensor, draw: Draw) -> None:
     """Column maxima, noisy weights, DAC, ADC, and inputs for the backward, with an operator each.
 
-    Not the search for what was clipped, nor anything of a tile's or a column's size. ``noise``
-    [out, in] is overwritten, and ``out`` [T, out] where it is of float32.
+    Not the search for what was clipped, nor anything of a tile's or a column's size. ``out``
+    [T, out] is overwritten where it is of float32.
     """
     scale, levels = torch.tensor([[0.03]]), 127
     gain = torch.full(out.shape[1:], 0.5)
     torch.maximum(weight.amax(1), -weight.amin(1))
-    if weight.dtype == noise.dtype:
-        torch.addcmul(weight, noise, gain[:, None], out=noise)
-    else:
-        noise.mul_(gain[:, None]).add_(weight).to(weight.dtype)
+    draw.added(gain)
     code = x.float().div(scale).round_().clamp_(-levels, levels)
     codes, _ = code.to(torch.int8), code.to(x.dtype)
     made = out.float().mul_(gain).round_()
@@ -97,16 +121,16 @@ def compare(
             x.grad = None
         return made.detach()
 
-    noise = torch.empty(outputs, inputs, device=device, dtype=type_ if gpu else None)
+    weight = layers[peers.PLAIN].weight.detach()
+    draw = torch.empty_like(weight).normal_ if gpu else Draw(weight)
 
     def floor() -> Tensor:
         made = step(peers.PLAIN)
-        noise.normal_()
+        draw()
         return made
 
     def floor_with_passes() -> None:
-        made = floor()
-        passes(x.detach(), layers[peers.PLAIN].weight.detach(), noise, made)
+        passes(x.detach(), weight, step(peers.PLAIN), draw)
 
     if peers.LIGHTNING_TRITON in layers:
         try:

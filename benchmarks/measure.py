@@ -85,6 +85,9 @@ def graphed(action: Callable[[], object]) -> Callable[[], object] | None:
             action()
     except RuntimeError:
         torch.cuda.synchronize()
+        # The generator would go on taking itself to be captured.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
         return None
     return graph.replay
 
@@ -192,7 +195,9 @@ class Products(TorchDispatchMode):
         packet = func.overloadpacket
         formula = flop_registry.get(_IN_PLACE.get(packet, packet))
         if formula is not None and "attention" not in str(packet):
-            self.operations += formula(*args, **(kwargs or {}), out_val=made)
+            # A type that the result is to have is no part of the formulas.
+            given = (arg for arg in args if not isinstance(arg, torch.dtype))
+            self.operations += formula(*given, **(kwargs or {}), out_val=made)
         return made
 
 

@@ -5,7 +5,8 @@
 
 Tables go between the comments `<!-- begin NAME -->` and `<!-- end NAME -->` of the page; what a
 benchmark has not measured stays as it is there. Those of `gpu/` among the results go between
-`<!-- begin gpu-NAME -->` and its end.
+`<!-- begin gpu-NAME -->` and its end, those of another setting, as `step-OTHER.json`, between
+`<!-- begin NAME-OTHER -->` and its end.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ COLOURS = {
 }  # fmt: skip
 
 
-def fill(text: str, tables: Mapping[str, str]) -> str:
+def fill(text: str, texts: Mapping[str, str]) -> str:
     """The page with each table between its comments."""
-    for name, table in tables.items():
+    for name, table in texts.items():
         around = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not around.search(text):
             raise SystemExit(f"The page has no <!-- begin {name} --> ... <!-- end {name} -->.")
@@ -47,20 +48,35 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 
 def measured(results: Path) -> dict[str, Any]:
-    """The records of the benchmarks that a directory holds."""
-    files = {name: results / f"{name}.json" for name in BENCHMARKS}
-    return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    """The records of the benchmarks that a directory holds, by their files' names."""
+    paths = sorted(results.glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths if _benchmark(path.stem)}
+
+
+def _benchmark(name: str) -> Any:
+    """The script of a record, or None."""
+    return BENCHMARKS.get(name.partition("-")[0])
+
+
+def tables(name: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """The tables of a record, by the comments that they go between."""
+    _, dash, setting = name.partition("-")
+    made = _benchmark(name).tables(record)
+    return {f"{table}{dash}{setting}": text for table, text in made.items()}
 
 
 def versions(records: Mapping[str, Mapping[str, Any]]) -> str:
     """On what was measured, in a sentence for each different answer."""
     said: dict[str, list[str]] = {}
     for name, record in records.items():
-        runs = {f"`{name}.py`": record["settings"]}
-        runs |= {f"`{name}.py` ({type_})": of for type_, of in record.get("earlier", {}).items()}
+        script = f"`{name.partition('-')[0]}.py`"
+        runs = {script: record["settings"]}
+        runs |= {f"{script} ({type_})": of for type_, of in record.get("earlier", {}).items()}
         for run, settings in runs.items():
             packages = (f"{package} {number}" for package, number in settings["versions"].items())
-            said.setdefault(f"{settings['machine']}; {', '.join(packages)}", []).append(run)
+            where = f"{settings['machine']}; {', '.join(packages)}"
+            if run not in said.setdefault(where, []):
+                said[where].append(run)
     return "\n".join(f"Measured by {', '.join(names)} on {where}." for where, names in said.items())
 
 
@@ -134,16 +150,15 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/performance.png"))
     arguments = parser.parse_args()
     records = measured(arguments.results)
-    tables = {"machine": versions(records)}
+    texts = {"machine": versions(records)}
     for name, record in records.items():
-        tables |= BENCHMARKS[name].tables(record)
+        texts |= tables(name, record)
     on_gpu = measured(arguments.results / "gpu")
     if on_gpu:
-        tables["gpu-machine"] = versions(on_gpu)
+        texts["gpu-machine"] = versions(on_gpu)
     for name, record in on_gpu.items():
-        made = BENCHMARKS[name].tables(record)
-        tables |= {f"gpu-{table}": text for table, text in made.items()}
-    arguments.page.write_text(fill(arguments.page.read_text("utf-8"), tables), "utf-8")
+        texts |= {f"gpu-{table}": text for table, text in tables(name, record).items()}
+    arguments.page.write_text(fill(arguments.page.read_text("utf-8"), texts), "utf-8")
     if {"step", "linear"} <= set(records):
         draw(records, arguments.picture)
 

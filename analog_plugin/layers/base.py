@@ -15,7 +15,7 @@ from analog_plugin.noise.programming import program_tiles
 from analog_plugin.ops.disturbance import Disturbances
 from analog_plugin.ops.matmul import MatmulContext, analog_matmul
 from analog_plugin.ops.memory import release_memory
-from analog_plugin.ops.ranges import Moment, RangeInitializer
+from analog_plugin.ops.ranges import Moment, RangeInitializer, decay_gradient
 from analog_plugin.ops.traced import traced_matmul
 from analog_plugin.ops.weights import column_maximum
 from analog_plugin.scheme import AnalogScheme
@@ -248,10 +248,8 @@ class AnalogLayer(nn.Module):
         ``decay · λ`` where the share of unclipped inputs exceeds ``range_min_percentage``, else 0.
         It does not depend on the loss, so it is added once per optimizer step.
         """
-        clipped, total = self.clip_counts.unbind(1)
-        unclipped = 1.0 - clipped / total.clamp_min(1)
-        active = (unclipped > self.scheme.range_min_percentage) & (total > 0)
-        return self.scheme.range_decay * self.input_range * active
+        decay, least = self.scheme.range_decay, self.scheme.range_min_percentage
+        return decay_gradient(self.input_range, self.clip_counts, decay, least)
 
     def initialize_ranges(self, x: Tensor, row_mask: Tensor | None) -> None:
         """Take a micro-batch of inputs [..., in] into ranges that are found in training."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analog_plugin.ops.converters import adc_step, input_full_scale
 from analog_plugin.ops.device import has_kernels
-from analog_plugin.ops.products import product
+from analog_plugin.ops.products import product, product_as
 from analog_plugin.ops.weights import tile_bounds, training_weight
 
 # Rows of a block, its columns, and its columns by eights.
@@ -54,9 +54,12 @@ class _FusedMatmul(torch.autograd.Function):
         ctx.noise_state = context.generator.get_state() if again else None
         noisy = context.tile_weights(weight, column_max)
         inputs = _digitize(rows, input_range, context)
-        products = torch.empty(len(tiles), len(rows), len(noisy), dtype=dtype, device=x.device)
-        for k, (start, end) in enumerate(tile_bounds(tiles)):
-            product(inputs[:, start:end], noisy[:, start:end].t(), products[k])
+        if len(tiles) == 1:
+            products = torch.mm(inputs, noisy.t())
+        else:
+            products = torch.empty(len(tiles), len(rows), len(noisy), dtype=dtype, device=x.device)
+            for k, (start, end) in enumerate(tile_bounds(tiles)):
+                product(inputs[:, start:end], noisy[:, start:end].t(), products[k])
         out, marks = _convert(products, input_range, column_max, context, for_backward)
         ctx.analog, ctx.shape = context, x.shape
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
@@ -67,7 +70,7 @@ class _FusedMatmul(torch.autograd.Function):
         return out.view(*x.shape[:-1], len(noisy))
 
     @staticmethod
-    def backward(ctx: Any, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *outer):  # type: ignore[no-untyped-def]
         context = ctx.analog
         tiles, dtype = context.tiles, context.dtype
         rows, noisy, column_max, input_range, marks = ctx.saved_tensors
@@ -76,30 +79,31 @@ class _FusedMatmul(torch.autograd.Function):
             generator.set_state(ctx.noise_state)
             noisy = training_weight(noisy, column_max, tiles, context.scheme, generator, dtype)
         need_x, need_w, need_range = ctx.needs_input_grad[:3]
-        grad = grads[0].reshape(-1, len(noisy)).to(dtype).contiguous()
+        grad = outer[0].reshape(-1, len(noisy)).to(dtype).contiguous()
+        grads = [grad] if marks is None else [_masked(grad, marked) for marked in marks]
         grad_x = grad_w = inputs = None
         if need_x or need_range:
-            grad_x = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+            grad_x = _by_tiles(grads, noisy, tiles, dtype)
         if need_w:
-            grad_w = torch.empty(noisy.shape, dtype=ctx.weight_dtype, device=rows.device)
             inputs = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        blocks = [(0, rows.shape[1], grad)]
-        if marks is not None:
-            bounds = tile_bounds(tiles)
-            blocks = [(*bounds[k], _masked(grad, marks[k])) for k in range(len(tiles))]
-        if grad_x is not None:
-            for start, end, block in blocks:
-                product(block, noisy[:, start:end], grad_x[:, start:end])
         grad_range = _undo(rows, grad_x, inputs, input_range, context, need_range)
-        if grad_w is not None:
-            assert inputs is not None
-            for start, end, block in blocks:
-                product(block.t(), inputs[:, start:end], grad_w[:, start:end])
+        if inputs is not None:
+            grad_w = _by_tiles([block.t() for block in grads], inputs, tiles, ctx.weight_dtype)
         if not need_x:
             grad_x = None
         elif grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.shape)
         return grad_x, grad_w, grad_range, None, None
+
+
+def _by_tiles(lefts: list[Tensor], right: Tensor, tiles: list[int], dtype: torch.dtype) -> Tensor:
+    """Products with each tile's columns of ``right``: ``lefts`` is one for each, or one for all."""
+    if len(lefts) == 1:
+        return product_as(lefts[0], right, dtype)
+    out = torch.empty(lefts[0].shape[0], right.shape[1], dtype=dtype, device=right.device)
+    for left, (start, end) in zip(lefts, tile_bounds(tiles), strict=True):
+        product(left, right[:, start:end], out[:, start:end])
+    return out
 
 
 def _digitize(rows: Tensor, input_range: Tensor, context: Any) -> Tensor:
@@ -122,14 +126,18 @@ def _digitize(rows: Tensor, input_range: Tensor, context: Any) -> Tensor:
 def _convert(
     products: Tensor, input_range: Tensor, column_max: Tensor, context: Any, for_backward: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """ADC of all tiles' products [K, T, out]: their sum [T, out], and marks of the saturated."""
+    """ADC of all tiles' products [K, T, out]: their sum [T, out], and marks of the saturated.
+
+    Of one tile [T, out] will do.
+    """
     from analog_plugin.ops import kernels
 
-    scheme, (tiles, tokens, columns) = context.scheme, products.shape
+    scheme, tiles = context.scheme, len(context.tiles)
+    tokens, columns = products.shape[-2:]
     adc = scheme.output_bits is not None
     full = input_full_scale(scheme, context.dtype)
     step = adc_step(scheme) if adc else 0.0
-    out = torch.empty(products.shape[1:], dtype=context.dtype, device=products.device)
+    out = torch.empty(tokens, columns, dtype=context.dtype, device=products.device)
     marks = None
     if adc and for_backward:
         size = tiles, tokens, -(-columns // 8)

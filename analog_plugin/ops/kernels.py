@@ -36,7 +36,8 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any
         with torch.cuda.device(device):
             return launch(kernel, grid, *args, **constants)
     values = tuple(constants.values())
-    key = (kernel, device.index, values, *map(_specialized, args))
+    # By its address: to hash a kernel takes as long as to launch it.
+    key = (id(kernel), device.index, values, *map(_specialized, args))
     if key not in _compiled:
         _compiled[key] = kernel.warmup(*args, *values, grid=grid, **_EXACT)
     _compiled[key][grid](*args, *values)
@@ -44,11 +45,12 @@ def launch(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any
 
 def _specialized(value: Any) -> Any:
     """What Triton compiles anew for: types, and what sizes and addresses are divisible by."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
+    kind = type(value)
+    if kind is int:
         return value == 1, value % 16 == 0, value < 2**31
-    return float
+    if kind is float:
+        return kind
+    return value.dtype, value.data_ptr() % 16 == 0
 
 
 @triton.jit

@@ -1,14 +1,29 @@
-"""Matrix products into memory that is there already."""
+"""Matrix products into memory that is there already, or of a type that is asked for."""
 
 from __future__ import annotations
 
-from torch import Tensor, matmul
+import torch
+from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out[...] = a @ b``; ``out`` may be a strided block or of another type."""
     b = b.to(a.dtype)
     if out.dtype == a.dtype:
-        matmul(a, b, out=out)
+        torch.matmul(a, b, out=out)
     else:
         out.copy_(a @ b)
+
+
+def product_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` of two matrices of one type, in ``dtype``."""
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    if sums_in_fp32(a.device) and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def sums_in_fp32(device: torch.device) -> bool:
+    """Whether products of half precision there give their fp32 sums as they are."""
+    return device.type == "cuda" and torch.version.hip is None

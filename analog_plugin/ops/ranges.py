@@ -106,3 +106,16 @@ def _moments(x: Tensor, row_mask: Tensor | None, tiles: list[int]) -> Tensor:
             for block in rows.split(tiles, dim=1)
         ]
     )
+
+
+def decay_gradient(
+    ranges: Tensor, clip_counts: Tensor, decay: float, min_percentage: float
+) -> Tensor:
+    """The decay term of the gradient of ranges [K], from their ``clip_counts`` [K, 2].
+
+    ``decay · λ`` where the share of unclipped inputs exceeds ``min_percentage``, else 0.
+    """
+    clipped, total = clip_counts.unbind(1)
+    unclipped = 1.0 - clipped / total.clamp_min(1)
+    active = (unclipped > min_percentage) & (total > 0)
+    return decay * ranges * active

@@ -25,10 +25,11 @@ def tile_bounds(tiles: list[int]) -> list[tuple[int, int]]:
 
 def column_maximum(weight: Tensor, tiles: list[int]) -> Tensor:
     """Largest magnitude per tile and column: ``weight`` [out, in] to [K, out]."""
-    if weight.device.type == "cuda":  # one pass
+    if weight.is_cuda:  # one pass
+        if len(tiles) == 1:
+            return torch.linalg.vector_norm(weight, torch.inf, 1)[None]
         blocks = weight.split(tiles, dim=1)
-        found = [torch.linalg.vector_norm(block, torch.inf, 1)[None] for block in blocks]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return torch.stack([torch.linalg.vector_norm(block, torch.inf, 1) for block in blocks])
     blocks = weight.split(tiles, dim=1)
     if weight.device.type != "cpu" or weight.dtype.itemsize > 2:
         return torch.stack([largest_magnitude(block, 1) for block in blocks])
@@ -118,7 +119,7 @@ def _noisy_by_kernel(
     """Draw and add in fp32, from a seed that ``generator`` draws on the device; round once."""
     from analog_plugin.ops import kernels
 
-    by_row = weight.t().is_contiguous() and not weight.is_contiguous()
+    by_row = not weight.is_contiguous() and weight.t().is_contiguous()
     stored = weight.t() if by_row else weight.contiguous()
     noisy = torch.empty(stored.shape, dtype=dtype, device=weight.device)
     seed = torch.randint(2**63 - 1, (1,), generator=generator, device=weight.device)

@@ -13,10 +13,10 @@ from transformers.trainer_callback import ExportableState
 
 from analog_plugin.errors import AnalogError
 from analog_plugin.layers import ForwardState, analog_layers, forward_state
-from analog_plugin.layers.base import RANGE_FLOOR
-from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
+from analog_plugin.ops.clip import clip_all, peak_to_sigma
 from analog_plugin.ops.shards import is_sharded, local_part
 from analog_plugin.processes import all_reduce
+from analog_plugin.training.range_steps import RangeSteps, forget_counts
 from analog_plugin.training.zero import ZeroTwo
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class AnalogCallback(TrainerCallback, ExportableState):
         self.clip_start: dict[str, float] = {}
         self.zero: ZeroTwo | None = None
         self._skip = False
-        self._ranges: list[tuple[nn.Parameter, Tensor]] = []
+        self._ranges = RangeSteps()
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves with its checkpoints and restores on resume."""
@@ -139,7 +139,6 @@ class AnalogCallback(TrainerCallback, ExportableState):
         """Skip a step that is not finite; else add the ranges' decay to their gradients."""
         model = kwargs["model"]
         self._forget_step_weights(model)  # the optimizer writes other ones
-        self._ranges = []
         self._skip = self._skip_anywhere(model, args.device)
         if self._skip:
             if self.zero is not None:
@@ -147,24 +146,11 @@ class AnalogCallback(TrainerCallback, ExportableState):
             self._count_skipped(state.global_step)
             for parameter in model.parameters():
                 parameter.grad = None
-            for _, layer in analog_layers(model):
-                layer.clip_counts.zero_()
+            forget_counts([layer.clip_counts for _, layer in analog_layers(model)])
             return
         self.skipped_in_a_row = 0
-        for _, layer in analog_layers(model):
-            if not (layer.input_range.requires_grad and layer.owns_range):
-                layer.clip_counts.zero_()
-                continue
-            all_reduce(layer.clip_counts)
-            decay = layer.range_decay_gradient()
-            layer.clip_counts.zero_()
-            grad = layer.input_range.grad
-            if self.zero is not None or is_sharded(layer.weight):
-                # A range is whole in every process; neither FSDP nor DeepSpeed sees it.
-                grad = all_reduce(torch.zeros_like(decay) if grad is None else grad)
-                grad /= args.world_size
-            layer.input_range.grad = decay if grad is None else grad.add_(decay)
-            self._ranges.append((layer.input_range, layer.input_range.detach().clone()))
+        layers = [layer for _, layer in analog_layers(model)]
+        self._ranges.begin(layers, args.world_size, whole=self.zero is not None)
 
     def _forget_step_weights(self, model: nn.Module) -> None:
         for _, layer in analog_layers(model):
@@ -196,17 +182,17 @@ class AnalogCallback(TrainerCallback, ExportableState):
         """Take the ranges' update relative to them, and clip the weights."""
         if self._skip:
             return
-        with torch.no_grad():
-            for parameter, before in self._ranges:
-                change = (parameter - before).clamp_(-0.5, 0.5)
-                parameter.copy_((before * (1 + change)).clamp_min_(RANGE_FLOOR))
+        self._ranges.end()
         done = (state.global_step + 1) / max(state.max_steps, 1)
+        clipped: dict[float, list[Tensor]] = {}
         for name, layer in analog_layers(kwargs["model"]):
             alpha = clip_alpha(layer.scheme, self.clip_start.get(name), done)
             if alpha is not None and self.zero is not None:
                 self.zero.clip(layer.weight, layer.tile_weight, alpha)
             elif alpha is not None:
-                clip_to_sigma(layer.tile_weight, alpha)
+                clipped.setdefault(alpha, []).append(layer.tile_weight)
+        for alpha, weights in clipped.items():
+            clip_all(weights, alpha)
 
 
 def refuse_deepspeed(args: Any) -> None:

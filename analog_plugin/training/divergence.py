@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analog_plugin.errors import AnalogError
+from analog_plugin.ops.device import has_kernels
 
 _IGNORED = -100
+# What the kernel takes.
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Logits worked on together. On a CPU all passes over them then stay in its cache, and temporaries
 #: of this size come from memory that is mapped already; an accelerator wants long kernels instead.
@@ -112,6 +115,8 @@ class Divergence:
         Returns:
             A scalar in fp32, or in float64 for such logits.
         """
+        if isinstance(teacher, Tensor) and self._fuses(student, teacher):
+            return self._fused(student, teacher, gradient)
         total = torch.zeros((), dtype=_precision(student), device=student.device)
         size = _rows(student)
         for start in range(0, student.shape[0], size):
@@ -154,6 +159,23 @@ class Divergence:
         if out is not None and slope is not None:
             out.copy_(slope)
         return loss
+
+    def _fuses(self, student: Tensor, teacher: Tensor) -> bool:
+        """Whether :meth:`_fused` computes it."""
+        return (
+            self.cross_entropy == 0
+            and self.top_k is None
+            and student.dtype in _TYPES
+            and teacher.dtype in _TYPES
+            and student.stride(-1) == teacher.stride(-1) == 1
+            and has_kernels(student.device, [1])
+        )
+
+    def _fused(self, student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
+        from analog_plugin.training.kernels import whole_divergence
+
+        t = self.temperature
+        return t**2 * whole_divergence(student, teacher, t, t, gradient)
 
 
 def _whole(log_q: Tensor, log_p: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:

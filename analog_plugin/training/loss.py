@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analog_plugin.errors import AnalogError
+from analog_plugin.ops.products import sums_in_fp32
 from analog_plugin.training.divergence import Divergence, TopTokens
 
 Head = Callable[[Tensor], Tensor]
@@ -198,6 +199,8 @@ class _Gradients:
                 kept.add_(slope.sum(0))
             elif kept.dtype == slope.dtype:
                 kept.addmm_(slope.T, inputs)
+            elif kept.dtype == torch.float32 and sums_in_fp32(kept.device):
+                torch.addmm(kept, slope.T, inputs, out_dtype=kept.dtype, out=kept)
             else:
                 kept.add_(slope.T @ inputs)
 

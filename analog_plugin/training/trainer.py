@@ -109,6 +109,15 @@ class AnalogTrainer(Trainer):
         """The callback at work; resuming may have replaced the one that was added."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, AnalogCallback))
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As a Trainer's, with the backward in this thread.
+
+        Autograd has a thread for each GPU. To wake it, and to fill its caches, takes as long as
+        half of what Python does in an analog layer.
+        """
+        with torch.autograd.set_multithreading_enabled(False):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,

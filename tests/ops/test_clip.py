@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analog_plugin import AnalogScheme
-from analog_plugin.ops.clip import clip_to_sigma, peak_to_sigma
+from analog_plugin.ops.clip import clip_all, clip_to_sigma, peak_to_sigma
 from analog_plugin.training.callback import clip_alpha
 
 
@@ -78,6 +78,20 @@ def test_a_transposed_view_is_clipped_in_place():
     clip_to_sigma(expected, 2.0)
     clip_to_sigma(stored.t(), 2.0)
     torch.testing.assert_close(stored, expected.t())
+
+
+def test_many_weights_are_clipped_as_each_alone():
+    def weights():
+        stored = rows(4).t().contiguous()
+        made = [rows(0), rows(1, outputs=3), rows(2, inputs=12), rows(3).bfloat16(), stored.t()]
+        return [*made, torch.tensor([[0.5], [-0.25]]), torch.zeros(0, 70), torch.zeros(2, 70)]
+
+    together, alone = weights(), weights()
+    clip_all(together, 1.5)
+    for weight, expected in zip(together, alone, strict=True):
+        clip_to_sigma(expected, 1.5)
+        assert torch.equal(weight, expected)
+    clip_all([], 1.5)
 
 
 def test_a_constant_schedule_is_the_target_throughout():
