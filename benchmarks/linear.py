@@ -234,7 +234,7 @@ def _kept_table(rows: Sequence[Mapping[str, Any]], which: str, tokens: int) -> s
 
 def _cell(by_peer: Mapping[str, Any], peer: str, figure: str) -> str:
     row = by_peer.get(peer, {})
-    return "not installed" if "why" in row else measure.shown(row.get(figure))
+    return row["why"].partition(":")[0] if "why" in row else measure.shown(row.get(figure))
 
 
 def _tiles(tile_rows: int | None) -> str:

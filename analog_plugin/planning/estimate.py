@@ -18,8 +18,9 @@ from analog_plugin.planning.shapes import ModelShape
 Sharding = Literal["ddp", "fsdp"]
 SHARDINGS = ("ddp", "fsdp")
 _HALF, _SINGLE = 2, 4
-#: Float32 copies of a chunk's logits: of both models, their log-probabilities, the gradient.
-_COPIES = 5
+#: Bytes of a chunk for each logit. Half precision, on a GPU: of both models, and the gradient. By
+#: torch's operators, where a teacher was stored, float32: also log-probabilities of both.
+_OF_LOGIT, _OF_LOGIT_STORED = 3 * _HALF, 5 * _SINGLE
 #: Rows that a GPU samples together: fewer leave it waiting for its memory, more bring little.
 _FEWEST, _MOST = 16, 512
 
@@ -31,16 +32,16 @@ class Assumptions:
     Args:
         efficiency: Share of a GPU's operations that training reaches. 38 to 43 % were reported for
             Llama 3 405B on H100 (arXiv 2407.21783, table 4).
-        analog: Time of a step of hardware-aware distillation, in that of plain distillation. 1.26
+        analog: Time of a step of hardware-aware distillation, in that of plain distillation. 1.18
             is what ``benchmarks/step.py`` measured on an H200: Llama-3.2-1B's shapes, 4096 tokens,
-            teachers in float32.
+            teachers in bfloat16.
         network: Share of links' and networks' bandwidth that collectives reach.
         memory_bandwidth: Share of the memory's bandwidth that sampling reaches.
         usable: Share of the memory that tensors may fill: the rest is fragments and libraries.
     """
 
     efficiency: float = 0.35
-    analog: float = 1.26
+    analog: float = 1.18
     network: float = 0.7
     memory_bandwidth: float = 0.6
     usable: float = 0.9
@@ -219,13 +220,12 @@ def training_memory(model: ModelShape, gpus: int, job: Job) -> dict[str, float]:
         "teacher": float(_HALF * parameters) if job.teacher else 0.0,
     }
     gradients, of_head = _SINGLE * parameters / shares, float(_SINGLE * model.head)
+    of_logit = _OF_LOGIT if job.teacher else _OF_LOGIT_STORED
     at_loss = whole | {
         "gradients": of_head + (gradients if job.accumulation > 1 else 0.0),
         "noisy and gathered weights": of_block[0] * noisy + gathered,
         "activations": of_block[1] * live + borders,
-        "loss": float(
-            _COPIES * _SINGLE * min(job.chunk, tokens) * model.vocabulary + _HALF * model.head
-        ),
+        "loss": float(of_logit * min(job.chunk, tokens) * model.vocabulary + _HALF * model.head),
     }
     at_end = whole | {
         "gradients": gradients + (of_head if model.tied else 0.0),

@@ -165,6 +165,7 @@ class Divergence:
         return (
             self.cross_entropy == 0
             and self.top_k is None
+            and student.shape == teacher.shape
             and student.dtype in _TYPES
             and teacher.dtype in _TYPES
             and student.stride(-1) == teacher.stride(-1) == 1

@@ -112,8 +112,8 @@ class AnalogTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As a Trainer's, with the backward in this thread.
 
-        Autograd has a thread for each GPU. To wake it, and to fill its caches, takes as long as
-        half of what Python does in an analog layer.
+        Autograd has a thread for each GPU. To wake it was more than a quarter of the time that
+        Python takes for an analog layer.
         """
         with torch.autograd.set_multithreading_enabled(False):
             return super().training_step(*args, **kwargs)

@@ -110,6 +110,38 @@ def test_a_token_that_only_the_teacher_knows_makes_it_infinite(device, plainly):
     assert loss == plainly(lambda: Divergence()(student, teacher, None, None)) == INF
 
 
+def test_no_rows_are_nothing(device):
+    student, teacher = logits(device)
+    assert Divergence()(student[:0], teacher[:0], None, torch.empty_like(student[:0])) == 0
+
+
+def test_vocabularies_must_be_equal(device):
+    student, teacher = logits(device)
+    with pytest.raises(RuntimeError, match="size"):
+        Divergence()(student, teacher[:, :-1].contiguous(), None, None)
+
+
+def test_under_autocast_a_heads_gradient_is_that_of_float64_but_for_half_precision(device):
+    torch.manual_seed(3)
+    head = nn.Linear(64, 300, bias=False, device=device)
+    hidden = torch.randn(1, 12, 64).to(device).requires_grad_()
+    goal = torch.randn(12, 300).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        # The teacher's states stand for the rows of its logits.
+        rows = torch.arange(12.0)[None, :, None]
+        loss = distillation_loss(
+            hidden, rows, head, lambda states: goal[states[:, 0].long()], chunk=5, count=1
+        )
+    found = torch.autograd.grad(loss, [hidden, head.weight])
+    states, weight = hidden.detach()[0].double().requires_grad_(), head.weight.detach().double()
+    weight.requires_grad_()
+    loss, slope = reference((states @ weight.t()).detach(), goal)
+    expected = torch.autograd.grad(states @ weight.t(), [states, weight], slope)
+    assert found[1].dtype == torch.float32
+    for value, exact in zip((found[0][0], found[1]), expected, strict=True):
+        assert float((value.double() - exact).norm() / exact.norm()) < 0.02
+
+
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_the_loss_and_its_gradients_are_those_of_torchs_operators(chunk, device, plainly):
     torch.manual_seed(3)
