@@ -15,7 +15,7 @@ from analog_plugin.noise.programming import program_tiles
 from analog_plugin.ops.disturbance import Disturbances
 from analog_plugin.ops.matmul import MatmulContext, analog_matmul
 from analog_plugin.ops.memory import release_memory
-from analog_plugin.ops.ranges import Moment, RangeInitializer, decay_gradient
+from analog_plugin.ops.ranges import Moment, RangeInitializer
 from analog_plugin.ops.traced import traced_matmul
 from analog_plugin.ops.weights import column_maximum
 from analog_plugin.scheme import AnalogScheme
@@ -240,16 +240,6 @@ class AnalogLayer(nn.Module):
         self.input_range = owner.input_range
         self.range_initializer = owner.range_initializer
         self.owns_range = False
-
-    @torch.no_grad()
-    def range_decay_gradient(self) -> Tensor:
-        """The decay term of the range gradient [n_tiles], from the inputs counted since the last.
-
-        ``decay · λ`` where the share of unclipped inputs exceeds ``range_min_percentage``, else 0.
-        It does not depend on the loss, so it is added once per optimizer step.
-        """
-        decay, least = self.scheme.range_decay, self.scheme.range_min_percentage
-        return decay_gradient(self.input_range, self.clip_counts, decay, least)
 
     def initialize_ranges(self, x: Tensor, row_mask: Tensor | None) -> None:
         """Take a micro-batch of inputs [..., in] into ranges that are found in training."""

@@ -55,7 +55,7 @@ class _FusedMatmul(torch.autograd.Function):
         noisy = context.tile_weights(weight, column_max)
         inputs = _digitize(rows, input_range, context)
         if len(tiles) == 1:
-            products = torch.mm(inputs, noisy.t())
+            products = product_as(inputs, noisy.t(), dtype)
         else:
             products = torch.empty(len(tiles), len(rows), len(noisy), dtype=dtype, device=x.device)
             for k, (start, end) in enumerate(tile_bounds(tiles)):

@@ -48,8 +48,8 @@ def _specialized(value: Any) -> Any:
     kind = type(value)
     if kind is int:
         return value == 1, value % 16 == 0, value < 2**31
-    if kind is float:
-        return kind
+    if kind is float or not isinstance(value, torch.Tensor):
+        return float
     return value.dtype, value.data_ptr() % 16 == 0
 
 

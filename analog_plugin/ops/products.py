@@ -16,12 +16,12 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def product_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` of two matrices of one type, in ``dtype``."""
-    if dtype == a.dtype:
-        return torch.mm(a, b)
-    if sums_in_fp32(a.device) and dtype == torch.float32:
+    """``a @ b`` of two matrices of one type, in ``dtype``; autocast or not."""
+    if dtype == torch.float32 != a.dtype and sums_in_fp32(a.device):
         return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    product(a, b, out)
+    return out
 
 
 def sums_in_fp32(device: torch.device) -> bool:

@@ -108,14 +108,18 @@ def _moments(x: Tensor, row_mask: Tensor | None, tiles: list[int]) -> Tensor:
     )
 
 
-def decay_gradient(
-    ranges: Tensor, clip_counts: Tensor, decay: float, min_percentage: float
-) -> Tensor:
-    """The decay term of the gradient of ranges [K], from their ``clip_counts`` [K, 2].
+def decay_gradient(ranges: Tensor, clip_counts: Tensor, scheme: AnalogScheme) -> Tensor:
+    """The decay term of the gradient of ranges [K], from the inputs counted since the last step.
 
-    ``decay · λ`` where the share of unclipped inputs exceeds ``min_percentage``, else 0.
+    ``range_decay · λ`` where the share of unclipped inputs exceeds ``range_min_percentage``, else
+    0. It does not depend on the loss, so it is added once per optimizer step.
+
+    Args:
+        ranges: λ [K], of any number of layers.
+        clip_counts: [K, 2] (clipped, all) inputs.
+        scheme: Theirs.
     """
     clipped, total = clip_counts.unbind(1)
     unclipped = 1.0 - clipped / total.clamp_min(1)
-    active = (unclipped > min_percentage) & (total > 0)
-    return decay * ranges * active
+    active = (unclipped > scheme.range_min_percentage) & (total > 0)
+    return scheme.range_decay * ranges * active

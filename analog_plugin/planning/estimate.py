@@ -18,8 +18,8 @@ from analog_plugin.planning.shapes import ModelShape
 Sharding = Literal["ddp", "fsdp"]
 SHARDINGS = ("ddp", "fsdp")
 _HALF, _SINGLE = 2, 4
-#: Bytes of a chunk for each logit. Half precision, on a GPU: of both models, and the gradient. By
-#: torch's operators, where a teacher was stored, float32: also log-probabilities of both.
+#: Bytes of a chunk for each logit: in half precision those of both models and the gradient. Where a
+#: teacher was stored torch's operators compute, with at most so many in float32.
 _OF_LOGIT, _OF_LOGIT_STORED = 3 * _HALF, 5 * _SINGLE
 #: Rows that a GPU samples together: fewer leave it waiting for its memory, more bring little.
 _FEWEST, _MOST = 16, 512

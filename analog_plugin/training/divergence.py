@@ -115,7 +115,7 @@ class Divergence:
         Returns:
             A scalar in fp32, or in float64 for such logits.
         """
-        if isinstance(teacher, Tensor) and self._fuses(student, teacher):
+        if isinstance(teacher, Tensor) and self._fuses(student, teacher, gradient):
             return self._fused(student, teacher, gradient)
         total = torch.zeros((), dtype=_precision(student), device=student.device)
         size = _rows(student)
@@ -160,17 +160,18 @@ class Divergence:
             out.copy_(slope)
         return loss
 
-    def _fuses(self, student: Tensor, teacher: Tensor) -> bool:
+    def _fuses(self, student: Tensor, *others: Tensor | None) -> bool:
         """Whether :meth:`_fused` computes it."""
         return (
             self.cross_entropy == 0
             and self.top_k is None
-            and student.shape == teacher.shape
-            and student.dtype in _TYPES
-            and teacher.dtype in _TYPES
-            and student.stride(-1) == teacher.stride(-1) == 1
+            and all(
+                t.dtype in _TYPES and t.stride(-1) == 1
+                and (t.shape, t.device) == (student.shape, student.device)
+                for t in (student, *others) if t is not None
+            )
             and has_kernels(student.device, [1])
-        )
+        )  # fmt: skip
 
     def _fused(self, student: Tensor, teacher: Tensor, gradient: Tensor | None) -> Tensor:
         from analog_plugin.training.kernels import whole_divergence

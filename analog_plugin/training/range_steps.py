@@ -41,16 +41,16 @@ class RangeSteps:
         for layer in layers:
             counts.append(layer.clip_counts)
             if layer.input_range.requires_grad and layer.owns_range:
-                scheme = layer.scheme
-                key = scheme.range_decay, scheme.range_min_percentage
-                own = whole or is_sharded(layer.weight)
-                alike.setdefault((layer.input_range.device, own, *key), []).append(layer)
+                own, scheme = whole or is_sharded(layer.weight), layer.scheme
+                decays = scheme.range_decay, scheme.range_min_percentage
+                alike.setdefault((own, layer.input_range.device, decays), []).append(layer)
         self._before = []
-        for (_, own, *settings), group in alike.items():
+        for (own, *_), group in alike.items():
             ranges: list[Tensor] = [layer.input_range for layer in group]
             before = torch.cat([parameter.detach() for parameter in ranges])
             counted = all_reduce(torch.cat([layer.clip_counts for layer in group]))
-            _add(ranges, decay_gradient(before, counted, *settings), world_size if own else None)
+            decay = decay_gradient(before, counted, group[0].scheme)
+            _add(ranges, decay, world_size if own else None)
             self._before.append((ranges, before))
         forget_counts(counts)
 

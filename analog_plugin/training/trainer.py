@@ -110,10 +110,10 @@ class AnalogTrainer(Trainer):
         return next(c for c in self.callback_handler.callbacks if isinstance(c, AnalogCallback))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As a Trainer's, with the backward in this thread.
+        """As a Trainer's, with its backwards in this thread.
 
-        Autograd has a thread for each GPU. To wake it was more than a quarter of the time that
-        Python takes for an analog layer.
+        Autograd has a thread of its own for each GPU, which it wakes for the step and for each
+        chunk of the loss, and in which Python runs no faster.
         """
         with torch.autograd.set_multithreading_enabled(False):
             return super().training_step(*args, **kwargs)

@@ -7,6 +7,7 @@ from torch import nn
 
 from analog_plugin import AnalogLinear, AnalogScheme
 from analog_plugin.layers.state import ForwardState, keyed_generator
+from analog_plugin.ops.ranges import decay_gradient
 
 SHAPES = [(576, 192, None), (577, 65, None), (577, 65, 256), (1536, 576, 512)]
 IDS = ["one tile", "odd", "odd, 3 tiles", "3 tiles"]
@@ -49,7 +50,8 @@ def run(layer, x, grad):
     y.backward(grad.clone())
     ranges = layer.input_range.grad
     if isinstance(layer, AnalogLinear):
-        ranges = ranges + layer.range_decay_gradient()
+        ranges = ranges + decay_gradient(layer.input_range, layer.clip_counts, layer.scheme)
+    ranges = ranges.detach()
     return y.detach(), x.grad, layer.weight.grad.clone(), ranges.clone(), layer.bias.grad.clone()
 
 

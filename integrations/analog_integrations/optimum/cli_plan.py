@@ -64,7 +64,7 @@ class AnalogPlanCommand(BaseOptimumCLICommand):
             "--efficiency", type=float, help="share of the operations reached (default: 0.35)"
         )
         parser.add_argument(
-            "--analog", type=float, help="time of a step in plain distillation's (default: 1.26)"
+            "--analog", type=float, help="time of a step in plain distillation's (default: 1.18)"
         )
         parser.add_argument("--price", type=float, help="of a GPU and hour, for the cost")
         parser.add_argument("--json", action="store_true", help="all figures, for machines")
