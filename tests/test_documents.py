@@ -186,8 +186,8 @@ NEED_A_MODEL = (
     "analog_plugin.training.trainer.AnalogTrainer",
     "analog_integrations.optimum.modeling.AnalogModelForCausalLM",
 )
-#: Of Triton's, which comes with torch's builds for GPUs.
-NEEDS_TRITON = "analog_plugin.ops.kernels"
+#: Triton comes with torch's builds for GPUs.
+NEED_TRITON = ("analog_plugin.ops.kernels", "analog_plugin.training.kernels")
 
 
 def test_examples_in_docstrings_give_what_they_say():
@@ -195,7 +195,7 @@ def test_examples_in_docstrings_give_what_they_say():
     for package in ("analog_plugin", "analog_integrations"):
         module = importlib.import_module(package)
         for found in pkgutil.walk_packages(module.__path__, f"{package}."):
-            if found.name == NEEDS_TRITON and importlib.util.find_spec("triton") is None:
+            if found.name in NEED_TRITON and importlib.util.find_spec("triton") is None:
                 continue
             examples += doctest.DocTestFinder().find(importlib.import_module(found.name))
     examples = [example for example in examples if example.examples]
